@@ -1,0 +1,130 @@
+"""The one autograd Function: the forward of `linear`, dX through the dequantised weight, dBias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fp8dispatch import execute
+from fp8dispatch.checks import unwrapped
+from fp8dispatch.errors import FrozenWeightError, UnsupportedTransformError
+from fp8dispatch.execute import LinearCall
+from fp8dispatch.prepare import weight_scale_fp32
+from fp8dispatch.quantization.weight import dequantize_strip
+from fp8dispatch.recipe import Recipe
+
+STRIP_ELEMENTS = 1 << 25
+"""Most elements of the weight that backward holds dequantised at a time (64 MiB in bf16)."""
+
+
+def apply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation_scale: torch.Tensor | None,
+    call: LinearCall,
+) -> torch.Tensor:
+    """Run the call, recording a gradient only where one can be asked for."""
+    tensors = (x, weight, weight_scale, bias, activation_scale)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        out: torch.Tensor = FP8LinearFunction.apply(*tensors, call)  # type: ignore[no-untyped-call]
+        return out
+    return execute.forward(*tensors, call)
+
+
+class FP8LinearFunction(torch.autograd.Function):
+    """``Y = X @ dequantised(W).T + bias`` with the weight and all scales frozen.
+
+    Shapes: X [..., K], W [N, K] (or transposed), Y [..., N]. Gradients: dX [..., K] in X's dtype
+    through the dequantised weight in dY's dtype, dBias [N] summed in fp32. Saved for backward:
+    the weight and its scale, and only when X needs a gradient; never X itself.
+    """
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation_scale: torch.Tensor | None,
+        call: LinearCall,
+    ) -> torch.Tensor:
+        return execute.forward(x, weight, weight_scale, bias, activation_scale, call)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, weight, weight_scale, bias, _, call = inputs
+        ctx.call = call
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(weight, weight_scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        for index, name in ((1, "weight"), (2, "weight_scale"), (4, "activation_scale")):
+            if ctx.needs_input_grad[index]:
+                raise FrozenWeightError(
+                    f"{name} requires grad, but FP8 weights and scales are frozen; call "
+                    f"{name}.requires_grad_(False) and train the bias, adapters or other layers"
+                )
+        grad_x = grad_bias = None
+        if grad.is_meta:
+            shapes = (ctx.x_shape, ctx.x_dtype), (grad.shape[-1:], ctx.bias_dtype)
+            grad_x, grad_bias = (
+                torch.empty(shape, dtype=dtype, device="meta") if needed else None
+                for needed, (shape, dtype) in zip(
+                    (ctx.needs_input_grad[0], ctx.needs_input_grad[3]), shapes, strict=True
+                )
+            )
+            return grad_x, None, None, grad_bias, None, None
+        grad = unwrapped(grad).reshape(-1, grad.shape[-1])
+        # Under torch.func.grad each operation would wrap its result again, hiding it from kernels.
+        with torch._C._DisableFuncTorch(), torch.autocast(grad.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                weight, weight_scale = map(unwrapped, ctx.saved_tensors)
+                grad_x = _grad_input(grad, weight, weight_scale, ctx.call)
+                grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
+            if ctx.needs_input_grad[3]:
+                grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x, None, None, grad_bias, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        """Refused: a batched weight or activation has no meaning here."""
+        raise UnsupportedTransformError(
+            "fp8_linear does not run under torch.func.vmap; X takes any leading shape, so pass "
+            "the batch as a leading dimension"
+        )
+
+
+def _grad_input(
+    grad: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, call: LinearCall
+) -> torch.Tensor:
+    data, scale = execute.oriented(weight, weight_scale, call)
+    n, k = data.shape
+    fp32_scale = weight_scale_fp32(scale, call.recipe, n, k)
+    return grad_input(grad, data, fp32_scale, call.recipe)
+
+
+def grad_input(
+    grad: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, recipe: Recipe
+) -> torch.Tensor:
+    """dX [M, K] = dY [M, N] @ dequantised(W) [N, K], strip by strip over K, in dY's dtype.
+
+    Each strip of columns is complete in itself, so nothing is summed across strips; at most
+    `STRIP_ELEMENTS` of the weight (or one block's width) exist dequantised at a time.
+    """
+    n, k = data.shape
+    out = torch.empty((grad.shape[0], k), dtype=grad.dtype, device=grad.device)
+    width = recipe.block_size[1] if recipe.block_size is not None else 128
+    strip = max(STRIP_ELEMENTS // n // width, 1) * width
+    for start in range(0, k, strip):
+        columns = slice(start, min(start + strip, k))
+        piece = dequantize_strip(data, scale, recipe, grad.dtype, columns)
+        torch.mm(grad, piece, out=out[:, columns])
+    return out

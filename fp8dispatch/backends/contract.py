@@ -1,0 +1,170 @@
+"""What every backend answers and does."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from packaging.version import Version
+
+from fp8dispatch.errors import Refusal
+from fp8dispatch.formats import activation_float8
+from fp8dispatch.machine import Machine
+from fp8dispatch.problem import Accuracy, LinearProblem
+from fp8dispatch.quantization.activation import QuantizedActivation, quantize_activation
+from fp8dispatch.recipe import Granularity, Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The weight of one call, checked and oriented.
+
+    Attributes:
+        data: [N, K] FP8, any strides.
+        scale: fp32 multipliers, contiguous: [1] per tensor, [N, 1] per row, [ceil(N / bn),
+            ceil(K / bk)] per block.
+        recipe: what `scale` means.
+        scale_source: the caller's tensor that `scale` was made from; layouts that a backend
+            prepares are remembered with it.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    recipe: Recipe
+    scale_source: torch.Tensor
+
+
+class Backend(ABC):
+    """A way to compute ``out = dequantised(x) @ dequantised(weight).T + bias``.
+
+    Capability is declared as data where data can say it; `refuse_call` holds the rest.
+    """
+
+    name: ClassVar[str]
+    distribution: ClassVar[str | None] = None
+    minimum_version: ClassVar[str] = "0"
+    install_hint: ClassVar[str] = ""
+    capabilities: ClassVar[tuple[tuple[int, int], ...] | None] = None
+    """CUDA compute capabilities it runs on, each named; None means any device."""
+    recipes: ClassVar[frozenset[Granularity]] = frozenset(Granularity)
+    weight_dtypes: ClassVar[frozenset[str]]
+    out_dtypes: ClassVar[frozenset[str]] = frozenset({"bfloat16", "float16", "float32"})
+    align_n: ClassVar[int] = 1
+    align_k: ClassVar[int] = 1
+    quantizes_with_kernels: ClassVar[bool | None] = None
+    """Quantise with our Triton kernels or in plain torch; None takes the kernels on a GPU."""
+    accuracies: ClassVar[frozenset[Accuracy]] = frozenset({Accuracy.EXACT})
+
+    def refuse_machine(self, machine: Machine) -> tuple[Refusal, ...]:
+        """Why the backend cannot run on this machine at all; empty when it can."""
+        refusals: list[Refusal] = []
+        if self.distribution is not None:
+            found = machine.version(self.distribution)
+            if found is None or found.release < Version(self.minimum_version).release:
+                refusals.append(
+                    Refusal(
+                        "version",
+                        f"{self.distribution} >= {self.minimum_version}{self.install_hint}",
+                        machine.versions.get(self.distribution, "none"),
+                    )
+                )
+        if self.capabilities is not None and (
+            machine.is_rocm or machine.capability not in self.capabilities
+        ):
+            known = ", ".join(f"{major}.{minor}" for major, minor in self.capabilities)
+            found_text = f"ROCm on {machine}" if machine.is_rocm else str(machine)
+            refusals.append(
+                Refusal("capability", f"a CUDA device of capability {known}", found_text)
+            )
+        return tuple(refusals)
+
+    def refuse_problem(self, problem: LinearProblem, machine: Machine) -> tuple[Refusal, ...]:
+        """Why the backend does not take this call; empty when it does."""
+        refusals: list[Refusal] = []
+        if problem.recipe.granularity not in self.recipes:
+            names = " or ".join(sorted(recipe.value for recipe in self.recipes))
+            refusals.append(Refusal("recipe", f"a {names} recipe", str(problem.recipe)))
+        for code, allowed, found in (
+            ("weight-dtype", self.weight_dtypes, problem.weight_dtype),
+            ("out-dtype", self.out_dtypes, problem.out_dtype),
+        ):
+            if found not in allowed:
+                what = code.replace("-", " ")
+                refusals.append(Refusal(code, f"{what} {' or '.join(sorted(allowed))}", found))
+        for axis, size, align in (
+            ("N", problem.n, self.align_n),
+            ("K", problem.k, self.align_k),
+        ):
+            if size % align:
+                refusals.append(
+                    Refusal(
+                        f"align-{axis.lower()}", f"{axis} a multiple of {align}", f"{axis}={size}"
+                    )
+                )
+        if problem.accuracy is Accuracy.EXACT and Accuracy.EXACT not in self.accuracies:
+            refusals.append(Refusal("accuracy", "a policy that allows fast accumulation", "exact"))
+        refusals += self.refuse_call(problem, machine)
+        return tuple(refusals)
+
+    def refuse_call(self, problem: LinearProblem, machine: Machine) -> list[Refusal]:
+        """Refusals that the declared data cannot express."""
+        return []
+
+    def row_multiple(self, problem: LinearProblem) -> int:
+        """Rows of quantised activations come padded to this multiple, with zeros of scale 1."""
+        return 1
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: Weight,
+        bias: torch.Tensor | None,
+        activation_scale: torch.Tensor | None,
+        problem: LinearProblem,
+    ) -> torch.Tensor:
+        """Quantise the activations, multiply, add the bias.
+
+        A backend that fuses the quantisation overrides this.
+
+        Args:
+            x: [M, K] bf16, fp16 or fp32, any strides; M, N and K are at least 1.
+            weight: the FP8 weight.
+            bias: [N] of any float dtype, added exactly once.
+            activation_scale: one fp32 element for static activations, else None.
+            problem: the same call as plain data; gives output dtype and accuracy.
+
+        Returns:
+            [M, N] in ``problem.out_dtype``.
+        """
+        quantized = quantize_activation(
+            x,
+            weight.recipe.group_size(problem.k),
+            activation_float8(weight.data.dtype),
+            activation_scale,
+            pad_rows_to=self.row_multiple(problem),
+            use_kernels=self.quantizes_with_kernels,
+        )
+        return self.matmul(quantized, weight, bias, problem)
+
+    @abstractmethod
+    def matmul(
+        self,
+        x: QuantizedActivation,
+        weight: Weight,
+        bias: torch.Tensor | None,
+        problem: LinearProblem,
+    ) -> torch.Tensor:
+        """Multiply activations that are quantised already, add the bias.
+
+        Args:
+            x: data [M, K], or with rows beyond M as `row_multiple` asks for them; scale
+                [rows, groups], M-major when it comes from `linear`, or [1, 1].
+            weight, bias, problem: as in `linear`.
+
+        Returns:
+            [M, N] in ``problem.out_dtype``.
+        """

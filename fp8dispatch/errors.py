@@ -1,0 +1,92 @@
+"""The exceptions of fp8dispatch, and the refusal that explains why a backend was not used.
+
+    FP8DispatchError
+    |-- InvalidInputError (ValueError)        a call that no backend could serve as written
+    |   |-- ShapeError                        shapes that do not fit together
+    |   |   `-- AmbiguousRecipeError          shapes that can be read in two ways
+    |   |-- DTypeError (TypeError)            a dtype or a kind of object that is not taken
+    |   |-- DeviceError                       tensors on different devices
+    |   `-- ScaleValueError                   a scale that is NaN, infinite or negative
+    |-- UnknownBackendError (ValueError)      a name that no backend has
+    |-- ConfigurationError (ValueError)       an environment variable that cannot be read
+    |-- BackendUnavailableError (RuntimeError) no allowed backend runs this call here
+    |-- FrozenWeightError (RuntimeError)      a gradient asked of an FP8 weight or its scale
+    |-- UnsupportedTransformError (RuntimeError) a torch.func transform that is not supported
+    `-- NumericalOverflowError (ArithmeticError) values that the FP8 format cannot hold
+
+Every message is one sentence: what was needed, what was found, what to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class FP8DispatchError(Exception):
+    """Root of every error that fp8dispatch raises on purpose."""
+
+
+class InvalidInputError(FP8DispatchError, ValueError):
+    """The arguments of a call do not describe a linear layer over an FP8 weight."""
+
+
+class ShapeError(InvalidInputError):
+    """Shapes that do not fit together."""
+
+
+class AmbiguousRecipeError(ShapeError):
+    """A scale whose shape can be read in two ways that give different numbers."""
+
+
+class DTypeError(InvalidInputError, TypeError):
+    """A dtype, layout or kind of object that the argument does not take."""
+
+
+class DeviceError(InvalidInputError):
+    """Tensors of one call that lie on different devices."""
+
+
+class ScaleValueError(InvalidInputError):
+    """A scale that holds NaN, infinity or a negative value."""
+
+
+class UnknownBackendError(FP8DispatchError, ValueError):
+    """A backend name that is not registered."""
+
+
+class ConfigurationError(FP8DispatchError, ValueError):
+    """An environment variable whose value cannot be read."""
+
+
+class BackendUnavailableError(FP8DispatchError, RuntimeError):
+    """Every backend that the policy allows refused the call."""
+
+
+class FrozenWeightError(FP8DispatchError, RuntimeError):
+    """A gradient was asked of an FP8 weight, its scale or the activation scale."""
+
+
+class UnsupportedTransformError(FP8DispatchError, RuntimeError):
+    """The call stands under a torch.func transform that it cannot follow."""
+
+
+class NumericalOverflowError(FP8DispatchError, ArithmeticError):
+    """Values that the FP8 format cannot hold, even after scaling."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why one backend does not take one call, or does not run on this machine.
+
+    Attributes:
+        code: a stable, machine-readable name such as ``"capability"`` or ``"align-k"``.
+        need: what the backend needs, worded to follow "needs".
+        found: what was there instead, worded to follow "found".
+    """
+
+    code: str
+    need: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"needs {self.need}, found {self.found}"

@@ -1,0 +1,129 @@
+"""Runs one checked call without gradients: decode the scale, choose a backend, compute.
+
+Everything a call needs beside its tensors is in one frozen `LinearCall`, so that the forward, its
+recomputation and the backward, which may run on other threads, all mean the same thing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fp8dispatch import registry
+from fp8dispatch.backends.contract import Weight
+from fp8dispatch.formats import activation_float8, dtype_name
+from fp8dispatch.policy import Policy
+from fp8dispatch.prepare import activation_scale_fp32, weight_scale_fp32
+from fp8dispatch.probes.device import describe
+from fp8dispatch.problem import LinearProblem
+from fp8dispatch.quantization.activation import QuantizedActivation
+from fp8dispatch.recipe import Recipe
+from fp8dispatch.router import Decision, select
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """What a call means beside its tensors.
+
+    Attributes:
+        recipe: what the weight scale means.
+        transposed: weight and, where two-dimensional, its scale were passed as [K, N].
+        scale_transposed: the scale was passed transposed.
+        out_dtype: dtype of the output.
+        allowed: which backends may run it.
+        quantized: the activations and their scales, when they come quantised.
+    """
+
+    recipe: Recipe
+    transposed: bool
+    scale_transposed: bool
+    out_dtype: torch.dtype
+    allowed: Policy
+    quantized: QuantizedActivation | None = None
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation_scale: torch.Tensor | None,
+    call: LinearCall,
+) -> torch.Tensor:
+    """The computation itself, on checked tensors and without gradients."""
+    data, scale = oriented(weight, weight_scale, call)
+    n, k = data.shape
+    shape = (*x.shape[:-1], n)
+    m = x.numel() // k
+    if x.is_meta:
+        return torch.empty(shape, dtype=call.out_dtype, device="meta")
+    operand = Weight(
+        data, weight_scale_fp32(scale, call.recipe, n, k), call.recipe, scale_source=scale
+    )
+    static = None if activation_scale is None else activation_scale_fp32(activation_scale)
+    problem = describe_call(m, data, call, bias, static is not None)
+    chosen = registry.load(decide(problem, x.device, call.allowed).backend)
+    if m == 0:  # decided all the same: a forced backend that refuses the call must say so
+        return torch.empty(shape, dtype=call.out_dtype, device=x.device)
+    if call.quantized is not None:
+        out = chosen.matmul(call.quantized, operand, bias, problem)
+    else:
+        out = chosen.linear(x.reshape(m, k), operand, bias, static, problem)
+    return out.view(shape)
+
+
+def oriented(
+    weight: torch.Tensor, weight_scale: torch.Tensor, call: LinearCall
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight as [N, K] and its scale to match; views, never copies."""
+    return (
+        weight.t() if call.transposed else weight,
+        weight_scale.t() if call.scale_transposed else weight_scale,
+    )
+
+
+def describe_call(
+    m: int,
+    weight: torch.Tensor,
+    call: LinearCall,
+    bias: torch.Tensor | None,
+    static: bool,
+) -> LinearProblem:
+    """The call as plain data; `weight` is oriented as [N, K]."""
+    n, k = weight.shape
+    if call.quantized is not None:
+        static = call.quantized.scale.numel() == 1 and m > 1
+    return LinearProblem(
+        m,
+        n,
+        k,
+        call.recipe,
+        dtype_name(weight.dtype),
+        dtype_name(activation_float8(weight.dtype)),
+        dtype_name(call.out_dtype),
+        bias is not None,
+        static,
+        weight.stride(1) == 1 and weight.stride(0) >= k,
+        weight.is_meta or (weight.data_ptr() | weight.stride(0)) % 16 == 0,
+        call.allowed.accuracy,
+    )
+
+
+_decisions: dict[tuple[LinearProblem, torch.device, Policy], Decision] = {}
+# M changes from call to call; a bound keeps a long-running server's memory flat.
+_MAX_DECISIONS = 4096
+
+
+def decide(problem: LinearProblem, device: torch.device, allowed: Policy) -> Decision:
+    """The decision for a call, remembered."""
+    key = (problem, device, allowed)
+    decision = _decisions.get(key)
+    if decision is None:
+        machine = describe(device)
+        order = registry.default_order(machine.device_type)
+        decision = select(problem, machine, allowed, order, registry.load)
+        if len(_decisions) >= _MAX_DECISIONS:
+            _decisions.clear()
+        _decisions[key] = decision
+    return decision

@@ -1,0 +1,362 @@
+"""Dynamic and static quantisation of activations to FP8: one read, one write.
+
+    scale = 1 where amax == 0, else max(amax, 1e-12) / max_value
+    data  = round_to_nearest_even(x / scale)
+
+Both divisions are IEEE divisions, so scales and codes equal those of plain torch in float32 bit for
+bit. The scale is the multiplier that restores the value.
+
+A NaN or an infinity makes the scale of its own group NaN or infinite and touches no other group:
+amax is the largest bit pattern of ``|x|`` as an integer, an order in which NaN is above infinity.
+With an infinite scale the finite elements become zero codes and the infinite ones NaN; either way
+the dequantised group is non-finite. A dynamic quotient needs no clamp: ``|x / scale|`` exceeds the
+largest value by at most one float32 step, which rounds back to it.
+
+Design: for groups of up to 8192 elements a program owns a [rows, groups, group size] tile, so every
+load is 16 bytes wide and each amax stays inside one or a few warps; longer groups and whole rows
+get one program each, which reads a row of more than 16384 columns twice (the second time from L2).
+The division is five instructions rather than the library routine of about twelve with a branch:
+multiply by the group's reciprocal, then two residual corrections (Markstein). It is exact wherever
+the quotient does not vanish in FP8, because the scale lies in [2e-15, 1.5e36] and no step can leave
+the normal range.
+
+Tried before, on one H200 at 8192 x 8192 with 128-column groups: tiles of 16 x 2 groups and 4 warps
+run at the speed of a device copy; multiplying by the reciprocal alone changes 7.5e-8 of the codes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from fp8dispatch.formats import AMAX_FLOOR, max_value
+from fp8dispatch.kernels.float8 import NATIVE, encode_float8, kernel_operand
+from fp8dispatch.kernels.interpreter import INTERPRETED
+from fp8dispatch.kernels.launch import FP_FUSION, ceil_div, next_power_of_2, on_device_of
+
+if TYPE_CHECKING:
+    import torch
+
+_INFINITY_BITS = tl.constexpr(0x7F800000)
+_FLOOR = tl.constexpr(AMAX_FLOOR)
+
+_LONGEST_TILE_GROUP = 8192  # elements of a group that one tile still holds
+_LONGEST_SINGLE_PASS = 16384  # elements of a row that stay in registers between amax and division
+
+
+def quantize_groups(
+    x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, group_size: int
+) -> None:
+    """Quantise `x` with one scale for each row and `group_size` columns.
+
+    Args:
+        x: ``[M, K]``, bfloat16, float16 or float32, any strides.
+        data: ``[M, K]`` output, float8_e4m3fn or float8_e4m3fnuz, last stride 1.
+        scale: ``[M, ceil(K / group_size)]`` output, float32, any strides.
+        group_size: Columns that share a scale; the last group may be shorter.
+    """
+    m, k = x.shape
+    if m == 0 or k == 0:
+        return
+    groups = ceil_div(k, group_size)
+    padded = next_power_of_2(min(group_size, k))
+    if padded > _LONGEST_TILE_GROUP:
+        _quantize_long(x, data, scale, group_size, groups, scale.stride(1))
+        return
+    out, code = kernel_operand(data)
+    block_rows, block_groups, warps = _tile(m, groups, padded)
+    grid = (ceil_div(m, block_rows) * ceil_div(groups, block_groups),)
+    with on_device_of(x):
+        _quantize_tile_kernel[grid](
+            x,
+            out,
+            scale,
+            m,
+            k,
+            x.stride(0),
+            x.stride(1),
+            out.stride(0),
+            scale.stride(0),
+            scale.stride(1),
+            GROUP=group_size,
+            PADDED=padded,
+            MAX=max_value(data.dtype),
+            FORMAT=code,
+            ROWS=block_rows,
+            GROUPS=block_groups,
+            num_warps=warps,
+            enable_fp_fusion=FP_FUSION,
+        )
+
+
+def quantize_rows(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> None:
+    """Quantise `x` with one scale for each row.
+
+    Args:
+        x: ``[M, K]``, bfloat16, float16 or float32, any strides.
+        data: ``[M, K]`` output, float8_e4m3fn or float8_e4m3fnuz, last stride 1.
+        scale: ``[M, 1]`` or ``[M]`` output, float32, any strides.
+    """
+    if x.numel() == 0:
+        return
+    _quantize_long(x, data, scale, x.shape[1], 1, 0)
+
+
+def quantize_static(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> None:
+    """Quantise `x` with a scale that is known already, clamping to the range of the format.
+
+    An element of `x` that is NaN or infinite becomes the NaN code, never the largest value.
+
+    Args:
+        x: ``[M, K]``, bfloat16, float16 or float32, any strides.
+        data: ``[M, K]`` output, float8_e4m3fn or float8_e4m3fnuz, last stride 1.
+        scale: One float32 element on the device of `x`; it is read there.
+    """
+    m, k = x.shape
+    if m == 0 or k == 0:
+        return
+    out, code = kernel_operand(data)
+    block_cols = min(next_power_of_2(k), 1024)
+    block_rows = max(1, min(next_power_of_2(m), 4096 // block_cols)) if m > 64 else 1
+    grid = (ceil_div(m, block_rows) * ceil_div(k, block_cols),)
+    with on_device_of(x):
+        _quantize_static_kernel[grid](
+            x,
+            out,
+            scale,
+            m,
+            k,
+            x.stride(0),
+            x.stride(1),
+            out.stride(0),
+            MAX=max_value(data.dtype),
+            FORMAT=code,
+            ROWS=block_rows,
+            COLS=block_cols,
+            num_warps=4,
+            enable_fp_fusion=FP_FUSION,
+        )
+
+
+def _quantize_long(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    group_size: int,
+    groups: int,
+    scale_stride_group: int,
+) -> None:
+    """One program for each row and group."""
+    m, k = x.shape
+    out, code = kernel_operand(data)
+    padded = next_power_of_2(min(group_size, k))
+    single_pass = padded <= _LONGEST_SINGLE_PASS
+    block = padded if single_pass else _LONGEST_TILE_GROUP
+    with on_device_of(x):
+        _quantize_long_kernel[(m * groups,)](
+            x,
+            out,
+            scale,
+            k,
+            group_size,
+            groups,
+            x.stride(0),
+            x.stride(1),
+            out.stride(0),
+            scale.stride(0),
+            scale_stride_group,
+            MAX=max_value(data.dtype),
+            FORMAT=code,
+            SINGLE_PASS=single_pass,
+            BLOCK=block,
+            num_warps=min(16, max(1, block // 1024)),
+            enable_fp_fusion=FP_FUSION,
+        )
+
+
+def _tile(m: int, groups: int, padded: int) -> tuple[int, int, int]:
+    """Return rows, groups and warps of a tile.
+
+    Few rows need many small programs with several warps to hide the latency of memory; from some
+    thousands of programs on, 32 elements a thread and the fewest instructions win.
+    """
+    few = m <= 64
+    block_groups = min(max(1, (1024 if few else 256) // padded), next_power_of_2(groups))
+    if few:
+        return 1, block_groups, max(4, padded // 1024)
+    elements = 1024 if m <= 1024 else 4096
+    block_rows = max(1, elements // (block_groups * padded))
+    return block_rows, block_groups, max(elements, padded) // 1024
+
+
+@triton.jit
+def _scale_of(amax_bits, MAX: tl.constexpr):
+    """The scale of a group from the bits of its amax, which may be NaN or infinity."""
+    amax = amax_bits.to(tl.float32, bitcast=True)
+    floored = tl.where(amax < _FLOOR, _FLOOR, amax)  # a NaN compares false and stays
+    scale = tl.div_rn(floored, tl.full(floored.shape, MAX, tl.float32))
+    return tl.where(amax_bits == 0, 1.0, scale)
+
+
+@triton.jit
+def _encode(quotient, element_type: tl.constexpr, FORMAT: tl.constexpr):
+    """Round float32 to the element type of the output: FP8 itself, or its bytes."""
+    return quotient.to(element_type) if FORMAT == NATIVE else encode_float8(quotient, FORMAT)
+
+
+@triton.jit
+def _divide(x, scale):
+    """IEEE ``x / scale`` for a scale in the normal range, infinite or NaN; shapes broadcast.
+
+    An infinite scale is taken as the pair (reciprocal 0, scale 0), for which the corrections leave
+    ``x * 0`` as it is: zero of the sign of x, or NaN for an infinite x.
+    """
+    if INTERPRETED:
+        quotient = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
+    else:
+        reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        reciprocal, x = tl.broadcast(reciprocal, x)
+        negative = tl.broadcast_to(tl.where(scale == float("inf"), 0.0, -scale), x.shape)
+        quotient = x * reciprocal
+        quotient = tl.fma(tl.fma(quotient, negative, x), reciprocal, quotient)
+        quotient = tl.fma(tl.fma(quotient, negative, x), reciprocal, quotient)
+        # The residual of -0 is +0, and their sum too: the sign comes back from x.
+        bits = quotient.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        sign = x.to(tl.int32, bitcast=True) ^ (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        quotient = (bits | sign).to(tl.float32, bitcast=True)
+    return quotient
+
+
+@triton.jit(do_not_specialize=["m", "scale_stride_group"])
+def _quantize_tile_kernel(
+    x_ptr,
+    data_ptr,
+    scale_ptr,
+    m,
+    k,
+    x_stride_row,
+    x_stride_col,
+    data_stride_row,
+    scale_stride_row,
+    scale_stride_group,
+    GROUP: tl.constexpr,
+    PADDED: tl.constexpr,
+    MAX: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """A [ROWS, GROUPS, PADDED] tile; neighbouring programs share rows."""
+    num_groups = tl.cdiv(k, GROUP)
+    programs_per_row = tl.cdiv(num_groups, GROUPS)
+    row_block = tl.program_id(0) // programs_per_row
+    group_block = tl.program_id(0) % programs_per_row
+    rows = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    groups = group_block * GROUPS + tl.arange(0, GROUPS)
+    within = tl.arange(0, PADDED)
+    cols = groups[:, None] * GROUP + within[None, :]  # [GROUPS, PADDED]
+    valid_cols = cols < k
+    if GROUP != PADDED:
+        valid_cols &= (within < GROUP)[None, :]
+    valid = (rows < m)[:, None, None] & valid_cols[None, :, :]
+
+    x_offsets = rows[:, None, None] * x_stride_row + (cols.to(tl.int64) * x_stride_col)[None, :, :]
+    x = tl.load(x_ptr + x_offsets, mask=valid, other=0.0).to(tl.float32)
+    amax_bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2)  # [ROWS, GROUPS]
+    scale = _scale_of(amax_bits, MAX)
+    quotient = _divide(x, scale[:, :, None])
+
+    data_offsets = rows[:, None, None] * data_stride_row + cols[None, :, :]
+    code = _encode(quotient, data_ptr.dtype.element_ty, FORMAT)
+    tl.store(data_ptr + data_offsets, code, mask=valid)
+    scale_offsets = rows[:, None] * scale_stride_row
+    scale_offsets += groups[None, :].to(tl.int64) * scale_stride_group
+    valid_scale = (rows < m)[:, None] & (groups < num_groups)[None, :]
+    tl.store(scale_ptr + scale_offsets, scale, mask=valid_scale)
+
+
+@triton.jit(do_not_specialize=["scale_stride_group"])
+def _quantize_long_kernel(
+    x_ptr,
+    data_ptr,
+    scale_ptr,
+    k,
+    group_size,
+    num_groups,
+    x_stride_row,
+    x_stride_col,
+    data_stride_row,
+    scale_stride_row,
+    scale_stride_group,
+    MAX: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SINGLE_PASS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One group of one row, in registers or read twice."""
+    row = (tl.program_id(0) // num_groups).to(tl.int64)
+    group = tl.program_id(0) % num_groups
+    first = group * group_size
+    end = tl.minimum(first + group_size, k)
+    x_row = x_ptr + row * x_stride_row
+    data_row = data_ptr + row * data_stride_row
+    within = tl.arange(0, BLOCK)
+    scale_place = scale_ptr + row * scale_stride_row + group.to(tl.int64) * scale_stride_group
+
+    if SINGLE_PASS:
+        cols = first + within
+        x = tl.load(x_row + cols.to(tl.int64) * x_stride_col, mask=cols < end, other=0.0)
+        x = x.to(tl.float32)
+        amax_bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+        scale = _scale_of(tl.full((1,), 0, tl.int32) + amax_bits, MAX)
+        code = _encode(_divide(x, scale), data_ptr.dtype.element_ty, FORMAT)
+        tl.store(data_row + cols, code, mask=cols < end)
+    else:
+        largest = tl.zeros((BLOCK,), tl.int32)
+        for start in range(first, end, BLOCK):
+            cols = start + within
+            x = tl.load(x_row + cols.to(tl.int64) * x_stride_col, mask=cols < end, other=0.0)
+            bits = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            largest = tl.maximum(largest, bits)
+        scale = _scale_of(tl.full((1,), 0, tl.int32) + tl.max(largest, axis=0), MAX)
+        for start in range(first, end, BLOCK):
+            cols = start + within
+            x = tl.load(x_row + cols.to(tl.int64) * x_stride_col, mask=cols < end, other=0.0)
+            quotient = _divide(x.to(tl.float32), scale)
+            code = _encode(quotient, data_ptr.dtype.element_ty, FORMAT)
+            tl.store(data_row + cols, code, mask=cols < end)
+    tl.store(scale_place + tl.arange(0, 1), scale)
+
+
+@triton.jit(do_not_specialize=["m"])
+def _quantize_static_kernel(
+    x_ptr,
+    data_ptr,
+    scale_ptr,
+    m,
+    k,
+    x_stride_row,
+    x_stride_col,
+    data_stride_row,
+    MAX: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """A [ROWS, COLS] tile; the scale may be any float32, so the division is the library's."""
+    programs_per_row = tl.cdiv(k, COLS)
+    rows = (tl.program_id(0) // programs_per_row).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = (tl.program_id(0) % programs_per_row) * COLS + tl.arange(0, COLS)
+    valid = (rows < m)[:, None] & (cols < k)[None, :]
+    x_offsets = rows[:, None] * x_stride_row + (cols.to(tl.int64) * x_stride_col)[None, :]
+    x = tl.load(x_ptr + x_offsets, mask=valid, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr)
+    quotient = tl.div_rn(x, tl.zeros((ROWS, COLS), tl.float32) + scale)
+    quotient = tl.where(quotient > MAX, MAX, quotient)  # comparisons that leave a NaN alone
+    quotient = tl.where(quotient < -MAX, -MAX, quotient)
+    finite = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < _INFINITY_BITS
+    quotient = tl.where(finite, quotient, float("nan"))
+    code = _encode(quotient, data_ptr.dtype.element_ty, FORMAT)
+    tl.store(data_ptr + rows[:, None] * data_stride_row + cols[None, :], code, mask=valid)

@@ -1,0 +1,188 @@
+"""`fp8_linear` and its relatives: check the arguments, describe the call, run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fp8dispatch import autograd, policy, registry
+from fp8dispatch.checks import (
+    check_activation_scale,
+    check_activations,
+    check_bias,
+    check_device,
+    check_out_dtype,
+    check_transforms,
+)
+from fp8dispatch.errors import DTypeError, FrozenWeightError
+from fp8dispatch.execute import LinearCall, decide, describe_call
+from fp8dispatch.quantization.activation import QuantizedActivation
+from fp8dispatch.router import Decision
+from fp8dispatch.validate import Operands, check_operands, check_quantized
+
+
+def fp8_linear(
+    X: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    block_size: Sequence[int] | None = None,
+    activation_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """A linear layer over an FP8 weight: ``X @ (weight * weight_scale).T + bias``.
+
+    The activations are quantised on the way: one scale per token and block_k columns for block
+    recipes (1x128 for 128x128 blocks, as in DeepSeek-V3), one per token for per-row and
+    per-tensor weights, or the one given `activation_scale`. Gradients reach `X` (through the
+    dequantised weight) and `bias`; the weight and the scales are frozen.
+
+    Args:
+        X: [..., K] bfloat16, float16 or float32; any strides and leading shape, M = 0 included.
+        weight: [N, K] float8_e4m3fn, float8_e5m2 or their FNUZ forms. A transposed view [K, N]
+            is taken where N and K tell it apart; a square weight is read as [N, K].
+        weight_scale: multipliers, ``value = data * scale``, in float32, bfloat16, float16,
+            float8_e8m0fnu or uint8 (E8M0 exponents): one element (per tensor), [N] or [N, 1]
+            (per row), [ceil(N / bn), ceil(K / bk)] (blocks of 128x128) or [N, ceil(K / g)]
+            (groups of g = 32, 64 or 128). Checkpoints call it ``weight_scale`` or
+            ``weight_scale_inv``; both are multipliers.
+        bias: [N], added once, in fp32 where the backend fuses it.
+        block_size: (bn, bk) of a block scale; states what else is inferred from the shape, from
+            ``weight.block_size`` or from ``weight_scale.block_size``.
+        activation_scale: one positive element: static activations.
+        out_dtype: bfloat16, float16 or float32; default is autocast's dtype under autocast, else
+            the dtype of X.
+        backend: run this backend or raise; None takes the first that fits (see `explain`).
+
+    Returns:
+        [..., N] in `out_dtype`. A NaN or infinity in a row of X makes that row non-finite and
+        touches no other. Meta tensors give a meta tensor.
+
+    Raises:
+        InvalidInputError: arguments that do not fit (ShapeError, AmbiguousRecipeError,
+            DTypeError, DeviceError, ScaleValueError).
+        UnknownBackendError, ConfigurationError: a backend name or variable that cannot be read.
+        BackendUnavailableError: every allowed backend refused; the message holds each reason.
+        FrozenWeightError: in backward, when the weight or a scale requires grad.
+        UnsupportedTransformError: under torch.func.vmap or forward-mode differentiation.
+    """
+    check_transforms(X, weight, weight_scale, bias, activation_scale)
+    check_activations("X", X)
+    operands = check_operands(weight, weight_scale, X.shape[-1], block_size)
+    check_device("X", X, weight)
+    check_activation_scale(activation_scale, weight)
+    call = _describe(operands, weight_scale, bias, out_dtype, X.dtype, backend)
+    return _apply(X, weight, weight_scale, bias, activation_scale, call)
+
+
+def fp8_linear_quantized(
+    X: QuantizedActivation,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    block_size: Sequence[int] | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """`fp8_linear` on activations quantised once, so that q/k/v or gate/up share the work.
+
+    Args:
+        X: from ``QuantizedActivation.from_tensor(x, group_size=block_k)`` for block recipes,
+            without a group size for per-row and per-tensor weights.
+        weight, weight_scale, bias, block_size, backend: as in `fp8_linear`.
+        out_dtype: bfloat16, float16 or float32.
+
+    Returns:
+        [..., N] in `out_dtype`. Gradients reach the bias only.
+
+    Raises:
+        The errors of `fp8_linear`; ShapeError also when the activations' groups do not match.
+    """
+    if not isinstance(X, QuantizedActivation):
+        raise DTypeError(
+            f"X must be a QuantizedActivation, found {type(X).__name__}; make one with "
+            f"QuantizedActivation.from_tensor"
+        )
+    check_transforms(X.data, weight, weight_scale, bias)
+    if X.data.requires_grad or X.scale.requires_grad:
+        raise FrozenWeightError(
+            "quantised activations carry no gradient; pass the unquantised X to fp8_linear"
+        )
+    operands = check_operands(weight, weight_scale, X.data.shape[-1], block_size)
+    check_device("X.data", X.data, weight)
+    matrix = check_quantized(X, operands)
+    call = _describe(operands, weight_scale, bias, out_dtype, torch.bfloat16, backend, matrix)
+    return _apply(X.data, weight, weight_scale, bias, None, call)
+
+
+def explain(
+    X: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    block_size: Sequence[int] | None = None,
+    activation_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Decision:
+    """Which backend `fp8_linear` would run for the same arguments, and why not the others.
+
+    Nothing is computed. The decision renders as text with ``str``.
+
+    Raises:
+        The errors of `fp8_linear`.
+    """
+    check_activations("X", X)
+    operands = check_operands(weight, weight_scale, X.shape[-1], block_size)
+    check_device("X", X, weight)
+    check_activation_scale(activation_scale, weight)
+    call = _describe(operands, weight_scale, bias, out_dtype, X.dtype, backend)
+    m = X.numel() // X.shape[-1]
+    problem = describe_call(m, operands.weight, call, bias, activation_scale is not None)
+    return decide(problem, X.device, call.allowed)
+
+
+def _describe(
+    operands: Operands,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    x_dtype: torch.dtype,
+    backend: str | None,
+    quantized: QuantizedActivation | None = None,
+) -> LinearCall:
+    check_bias(bias, operands.weight.shape[0], operands.weight)
+    check_out_dtype(out_dtype)
+    device_type = operands.weight.device.type
+    if out_dtype is None:
+        autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+        out_dtype = torch.get_autocast_dtype(device_type) if autocast else x_dtype
+    return LinearCall(
+        operands.recipe,
+        operands.transposed,
+        operands.scale is not weight_scale,
+        out_dtype,
+        policy.resolve(backend, registry.NAMES),
+        quantized,
+    )
+
+
+def _apply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation_scale: torch.Tensor | None,
+    call: LinearCall,
+) -> torch.Tensor:
+    device_type = x.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        # Our own casts are all stated; autocast inside would change fp32 sums to 16 bits.
+        with torch.autocast(device_type, enabled=False):
+            return autograd.apply(x, weight, weight_scale, bias, activation_scale, call)
+    return autograd.apply(x, weight, weight_scale, bias, activation_scale, call)

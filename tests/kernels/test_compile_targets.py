@@ -1,0 +1,92 @@
+"""Kernels compile for GPUs that are not here, and use the instructions that they should.
+
+Compiling is done in a child process: this one may run kernels under the interpreter, and Triton
+settles that when it is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("compile_targets.py")
+ROOT = Path(__file__).parents[2]
+
+# No import of triton here: its assembler is a program for Linux inside the wheel.
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or importlib.util.find_spec("triton") is None,
+    reason="needs Triton's compiler, which exists for Linux",
+)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What the compiler made of every variant, by ``"<target>.<variant>"``."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    child = subprocess.run(
+        [sys.executable, SCRIPT], env=environment, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    found: dict[str, dict[str, Any]] = json.loads(child.stdout)
+    return found
+
+
+def gemms(report: dict[str, dict[str, Any]], target: int) -> dict[str, dict[str, Any]]:
+    prefix = f"{target}.gemm"
+    return {name: facts for name, facts in report.items() if name.startswith(prefix)}
+
+
+def test_every_target_compiles(report: dict[str, dict[str, Any]]) -> None:
+    assert {name.split(".")[0] for name in report} == {"80", "89", "90", "100", "120"}
+    assert all(facts["registers"] > 0 for facts in report.values())
+
+
+@pytest.mark.parametrize("variant", ["gemm_block", "gemm_row"])
+def test_hopper_multiplies_fp8_from_tma_loads(
+    variant: str, report: dict[str, dict[str, Any]]
+) -> None:
+    facts = report[f"90.{variant}"]
+
+    assert facts["fp8_wgmma"] > 0
+    assert facts["tma_loads"] > 0
+    assert facts["stack"] == 0
+    assert facts["local"] == 0
+    # Two programs of 128 threads on an SM of 65536 registers and 233472 bytes of shared memory.
+    assert facts["registers"] <= 255
+    assert 2 * (facts["shared"] + 1024) <= 233_472
+
+
+def test_hopper_decode_and_64_row_tiles_do_not_spill(report: dict[str, dict[str, Any]]) -> None:
+    for variant in ("gemm_small", "gemm_32_rows", "gemm_64_rows", "groups", "groups_few", "rows"):
+        assert report[f"90.{variant}"]["stack"] == 0, variant
+    assert report["90.gemm_64_rows"]["fp8_wgmma"] > 0
+
+
+@pytest.mark.parametrize("target", [80, 89, 90, 100, 120])
+def test_every_partial_product_starts_from_zero(
+    target: int, report: dict[str, dict[str, Any]]
+) -> None:
+    """An accumulator carried through the loop would be the inexact sum of the tensor core."""
+    for name, facts in gemms(report, target).items():
+        assert facts["dots"] > 0, name
+        assert facts["fresh_dots"] == facts["dots"], name
+
+
+@pytest.mark.parametrize("target", [89, 120])
+def test_consumer_cards_multiply_fp8(target: int, report: dict[str, dict[str, Any]]) -> None:
+    assert report[f"{target}.gemm_block"]["fp8_mma"] > 0
+
+
+def test_cards_without_fp8_get_no_fp8_instruction(report: dict[str, dict[str, Any]]) -> None:
+    for name, facts in report.items():
+        if name.startswith("80."):
+            assert facts["fp8_mma"] == facts["fp8_wgmma"] == facts["fp8_conversions"] == 0, name

@@ -1,0 +1,397 @@
+"""Routing: the first backend that refuses nothing runs, and every refusal is kept as a sentence.
+
+A decision reads plain data alone, so every machine in the world is a dataclass here.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import fp8dispatch
+from fp8dispatch import execute, explain, fp8_linear, policy, registry
+from fp8dispatch.backends.cublaslt import CuBlasLt
+from fp8dispatch.backends.eager import Eager
+from fp8dispatch.backends.triton import Triton
+from fp8dispatch.errors import (
+    BackendUnavailableError,
+    ConfigurationError,
+    Refusal,
+)
+from fp8dispatch.machine import Machine
+from fp8dispatch.policy import Policy
+from fp8dispatch.problem import Accuracy, LinearProblem
+from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR, Granularity, Recipe
+from fp8dispatch.router import Decision, select
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def block(rows: int, columns: int) -> Recipe:
+    return Recipe(Granularity.BLOCK, (rows, columns))
+
+
+VERSIONS = {"torch": "2.11.0+cu130", "triton": "3.6.0", "cuda": "13.0"}
+H100 = Machine("cuda", "NVIDIA H100", (9, 0), VERSIONS)
+A100 = Machine("cuda", "NVIDIA A100", (8, 0), VERSIONS)
+RTX_4090 = Machine("cuda", "NVIDIA GeForce RTX 4090", (8, 9), VERSIONS)
+B200 = Machine("cuda", "NVIDIA B200", (10, 0), VERSIONS)
+V100 = Machine("cuda", "NVIDIA V100", (7, 0), VERSIONS)
+FUTURE = Machine("cuda", "NVIDIA R100", (13, 0), VERSIONS)
+CPU = Machine("cpu", "cpu", None, {"torch": "2.13.0+cpu"})
+INTERPRETER = Machine("cpu", "cpu", None, {"torch": "2.13.0", "triton": "3.9.0"}, True)
+ROCM = Machine(  # calls itself cuda, with a capability that NVIDIA has too
+    "cuda", "AMD Radeon RX 9070", (12, 0), {"torch": "2.11.0", "triton": "3.6.0", "hip": "7.0"}
+)
+
+BLOCK = LinearProblem(17, 4096, 7168, BLOCK_128, "float8_e4m3fn", "float8_e4m3fn", "bfloat16", True)
+rows, blocks = partial(replace, replace(BLOCK, recipe=ROW)), partial(replace, BLOCK)
+ROWS = rows()
+ONE_SCALE = blocks(recipe=TENSOR)
+STATIC = replace(ONE_SCALE, static_activation=True)
+GROUPS = blocks(recipe=block(1, 128))
+E5M2 = "float8_e5m2"
+FNUZ = "float8_e4m3fnuz"
+ANYTHING = Policy()
+
+
+def without(machine: Machine, name: str) -> Machine:
+    return replace(machine, versions={k: v for k, v in machine.versions.items() if k != name})
+
+
+def having(machine: Machine, **versions: str) -> Machine:
+    return replace(machine, versions={**machine.versions, **versions})
+
+
+def route(problem: LinearProblem, machine: Machine, allowed: Policy = ANYTHING) -> Decision:
+    """The decision of the real backends in their real order."""
+    names = registry.default_order(machine.device_type)
+    return select(problem, machine, allowed, names, registry.load)
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """An environment that says nothing; read again after every `reload_environment`."""
+    monkeypatch.delenv(policy.BACKEND_VARIABLE, raising=False)
+    monkeypatch.delenv(policy.ACCURACY_VARIABLE, raising=False)
+    policy.reload_environment()
+    yield monkeypatch
+    policy.reload_environment()
+
+
+@pytest.mark.parametrize(
+    ("machine", "problem", "chosen"),
+    [
+        (H100, BLOCK, "cublaslt"),
+        (H100, GROUPS, "cublaslt"),
+        (H100, ROWS, "cublaslt"),
+        (H100, ONE_SCALE, "cublaslt"),
+        (H100, replace(STATIC, out_dtype="float32"), "cublaslt"),
+        (H100, blocks(out_dtype="float32"), "cublaslt"),
+        (H100, blocks(m=1), "cublaslt"),
+        (H100, blocks(n=4095), "triton"),
+        (H100, blocks(weight_dtype=FNUZ), "triton"),
+        (having(H100, cuda="12.8"), BLOCK, "triton"),
+        (having(H100, cuda="12.8"), ROWS, "cublaslt"),
+        (having(H100, torch="2.9.1"), ROWS, "triton"),
+        (without(H100, "triton"), BLOCK, "cublaslt"),
+        (without(H100, "triton"), blocks(k=7000), "eager"),
+        (RTX_4090, BLOCK, "triton"),
+        (RTX_4090, ROWS, "cublaslt"),
+        (B200, BLOCK, "triton"),
+        (B200, ROWS, "cublaslt"),
+        (A100, BLOCK, "triton"),
+        (without(A100, "triton"), ROWS, "eager"),
+        (V100, ROWS, "eager"),
+        (FUTURE, ROWS, "eager"),
+        (ROCM, ROWS, "eager"),
+        (CPU, BLOCK, "eager"),
+        (INTERPRETER, BLOCK, "eager"),
+    ],
+)
+def test_default_route(machine: Machine, problem: LinearProblem, chosen: str) -> None:
+    decision = route(problem, machine)
+
+    assert decision.backend == chosen
+    assert decision.decided_by == "default"
+    tried = [name for name, _ in decision.refusals]
+    assert (*tried, chosen, *decision.not_tried) == registry.default_order(machine.device_type)
+    assert all(reasons for _, reasons in decision.refusals)
+
+
+def test_order_on_a_gpu_ends_with_eager_and_elsewhere_begins_with_it() -> None:
+    assert registry.NAMES == ("cublaslt", "triton", "eager")
+    assert registry.default_order("cuda") == ("cublaslt", "triton", "eager")
+    for device_type in ("cpu", "mps", "xpu", "meta"):
+        assert registry.default_order(device_type) == ("eager", "cublaslt", "triton")
+
+
+def told(refusals: tuple[Refusal, ...]) -> list[str]:
+    """Refusals as ``code: sentence``."""
+    return [f"{refusal.code}: {refusal}" for refusal in refusals]
+
+
+A_GPU = "capability: needs a CUDA device of capability 8.9, 9.0, 10.0, 10.3, 12.0, 12.1, found "
+TRITON_GPU = A_GPU.replace("8.9", "8.0, 8.6, 8.7, 8.9")
+TRITON = (
+    "version: needs triton >= 3.4 (CUDA builds of torch bring it; elsewhere: pip install "
+    "'fp8dispatch[triton]'), found "
+)
+TORCH = "version: needs torch >= 2.10, found "
+FORMATS = "needs weight dtype float8_e4m3fn or float8_e5m2"
+OUTPUTS = "needs out dtype bfloat16 or float16 or float32"
+LAYOUT = "needs a row-major weight [N, K]"
+ALIGNED = "needs weight memory aligned to 16 bytes"
+BLOCK_FORMAT = "needs float8_e4m3fn weights with blocks"
+SIZES = "needs blocks 128x128 or 1x128"
+CUDA = "cuda: needs torch built with CUDA >= 12.9 for block scales, found "
+
+
+@pytest.mark.parametrize(
+    ("backend", "machine", "expected"),
+    [
+        (CuBlasLt, H100, []),
+        (CuBlasLt, RTX_4090, []),
+        (CuBlasLt, having(H100, torch="2.10.0a0+git123"), []),  # a nightly of the release
+        (CuBlasLt, having(H100, torch="2.9.1"), [TORCH + "2.9.1"]),
+        (CuBlasLt, having(H100, torch="2.2"), [TORCH + "2.2"]),  # not compared as text
+        (CuBlasLt, without(H100, "torch"), [TORCH + "none"]),
+        (CuBlasLt, having(H100, torch="odd"), [TORCH + "odd"]),
+        (CuBlasLt, A100, [A_GPU + "NVIDIA A100 (capability 8.0)"]),
+        (CuBlasLt, FUTURE, [A_GPU + "NVIDIA R100 (capability 13.0)"]),
+        (CuBlasLt, CPU, [A_GPU + "cpu"]),
+        (CuBlasLt, ROCM, [A_GPU + "ROCm on AMD Radeon RX 9070 (capability 12.0)"]),
+        (CuBlasLt, having(CPU, torch="2.9"), [TORCH + "2.9", A_GPU + "cpu"]),
+        (Triton, H100, []),
+        (Triton, A100, []),
+        (Triton, INTERPRETER, []),
+        (Triton, having(H100, triton="3.10.0"), []),
+        (Triton, without(H100, "triton"), [TRITON + "none"]),
+        (Triton, having(H100, triton="3.3.1"), [TRITON + "3.3.1"]),
+        (Triton, without(INTERPRETER, "triton"), [TRITON + "none"]),
+        (Triton, V100, [TRITON_GPU + "NVIDIA V100 (capability 7.0)"]),
+        (Triton, having(CPU, triton="3.6.0"), [TRITON_GPU + "cpu"]),
+        (Triton, ROCM, [f"rocm: needs an NVIDIA GPU (not verified on ROCm), found {ROCM}"]),
+        (Eager, CPU, []),
+        (Eager, V100, []),
+        (Eager, ROCM, []),
+        (Eager, Machine("mps"), []),
+    ],
+)
+def test_machine_is_refused_with_need_and_found(
+    backend: Any, machine: Machine, expected: list[str]
+) -> None:
+    assert told(backend().refuse_machine(machine)) == expected
+
+
+@pytest.mark.parametrize(
+    ("problem", "machine", "expected"),
+    [
+        (rows(n=4095), H100, "align-n: needs N a multiple of 16, found N=4095"),
+        (rows(k=7160), H100, "align-k: needs K a multiple of 16, found K=7160"),
+        (rows(weight_dtype=FNUZ), H100, f"weight-dtype: {FORMATS}, found {FNUZ}"),
+        (rows(out_dtype="float64"), H100, f"out-dtype: {OUTPUTS}, found float64"),
+        (rows(weight_row_major=False), H100, f"layout: {LAYOUT}, found other strides"),
+        (rows(aligned=False), H100, f"alignment: {ALIGNED}, found an odd address"),
+        (
+            rows(weight_dtype=E5M2, activation_dtype=E5M2),
+            H100,
+            "dtype-pair: needs at most one e5m2 operand, found two",
+        ),
+        (blocks(weight_dtype=E5M2), H100, f"weight-dtype: {BLOCK_FORMAT}, found {E5M2}"),
+        (blocks(recipe=block(64, 128)), H100, f"block-size: {SIZES}, found block 64x128"),
+        (blocks(recipe=block(1, 32)), H100, f"block-size: {SIZES}, found block 1x32"),
+        (BLOCK, B200, f"capability: needs capability 9.0 for block scales, found {B200}"),
+        (BLOCK, having(H100, cuda="12.8"), CUDA + "12.8"),
+        (BLOCK, without(H100, "cuda"), CUDA + "none"),
+    ],
+)
+def test_cublaslt_refuses_the_call(problem: LinearProblem, machine: Machine, expected: str) -> None:
+    assert told(CuBlasLt().refuse_problem(problem, machine)) == [expected]
+
+
+@pytest.mark.parametrize("backend", [Triton(), Eager()])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n": 4095, "k": 7161, "m": 3},
+        {"weight_row_major": False, "aligned": False},
+        {"weight_dtype": FNUZ, "activation_dtype": FNUZ},
+        {"weight_dtype": E5M2},
+        {"out_dtype": "float32", "static_activation": True},
+        {"recipe": block(48, 200)},
+        {"recipe": ROW, "accuracy": Accuracy.FAST},
+    ],
+)
+def test_our_own_backends_take_every_call(backend: Any, changes: dict[str, Any]) -> None:
+    assert backend.refuse_problem(blocks(**changes), H100) == ()
+
+
+def test_forced_backend_raises_with_every_refusal_in_one_sentence() -> None:
+    problem = rows(n=4095, k=7160, aligned=False)
+
+    with pytest.raises(BackendUnavailableError) as caught:
+        route(problem, H100, Policy(("cublaslt",), source="argument backend="))
+
+    assert str(caught.value) == (
+        "no backend allowed by argument backend= takes M=17 N=4095 K=7160, row, float8_e4m3fn "
+        "weight, bfloat16 output, bias on NVIDIA H100 (capability 9.0): "
+        "cublaslt needs N a multiple of 16, found N=4095; "
+        "cublaslt needs K a multiple of 16, found K=7160; "
+        "cublaslt needs weight memory aligned to 16 bytes, found an odd address"
+    )
+
+
+def test_machine_that_cannot_run_a_backend_is_told_without_demands_on_the_call() -> None:
+    with pytest.raises(BackendUnavailableError) as caught:
+        route(rows(n=4095), CPU, Policy(("cublaslt", "triton")))
+
+    message = str(caught.value)
+    assert message.count("cublaslt needs") == message.count("triton needs") == 1
+    assert "multiple of 16" not in message
+
+
+@pytest.mark.parametrize(
+    ("allowed", "chosen", "rest"),
+    [
+        (Policy(("triton",)), "triton", ()),
+        (Policy(("eager",)), "eager", ()),
+        (Policy(("triton", "cublaslt")), "triton", ("cublaslt",)),
+        (Policy(excluded=("cublaslt",)), "triton", ("eager",)),
+        (Policy(excluded=("cublaslt", "triton")), "eager", ()),
+        (Policy(("cublaslt", "eager"), ("cublaslt",)), "eager", ()),
+    ],
+)
+def test_policy_orders_and_excludes(allowed: Policy, chosen: str, rest: tuple[str, ...]) -> None:
+    decision = route(ROWS, H100, allowed)
+
+    assert (decision.backend, decision.not_tried, decision.refusals) == (chosen, rest, ())
+
+
+def test_excluding_everything_is_told() -> None:
+    with pytest.raises(BackendUnavailableError, match=r"H100 .*: every backend is excluded$"):
+        route(ROWS, H100, Policy(excluded=registry.NAMES))
+
+
+def test_decision_explains_itself() -> None:
+    decision = route(blocks(static_activation=True, has_bias=False), B200)
+
+    assert str(decision).splitlines() == [
+        "triton runs M=17 N=4096 K=7168, block 128x128, float8_e4m3fn weight, bfloat16 output, "
+        "static activations on NVIDIA B200 (capability 10.0) (default)",
+        "  cublaslt needs capability 9.0 for block scales, found NVIDIA B200 (capability 10.0)",
+        "  not needed: eager",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("BACKEND", "deepgem", "'deepgem' cannot be read, .* cublaslt, triton, eager, found"),
+        ("BACKEND", "EAGER", "found 'EAGER'"),
+        ("BACKEND", "eager,", "found ''"),
+        ("BACKEND", "-", "found '-'"),
+        ("BACKEND", "--eager", "found '--eager'"),
+        ("ACCURACY", "best", "must be one of exact, fast, found 'best'"),
+        ("ACCURACY", "0", "found '0'"),
+    ],
+)
+def test_environment_that_cannot_be_read(
+    variable: str, value: str, words: str, environment: pytest.MonkeyPatch
+) -> None:
+    environment.setenv(f"FP8DISPATCH_{variable}", value)
+    for call in (lambda: fp8_linear(X, W, SCALE), lambda: fp8_linear(X, W, SCALE, backend="eager")):
+        with pytest.raises(ConfigurationError, match=f"FP8DISPATCH_{variable}.*{words}") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+X, W, SCALE = torch.ones(3, 8), torch.ones(4, 8).to(torch.float8_e4m3fn), torch.ones(1)
+
+
+def test_argument_is_heard_before_the_environment(environment: pytest.MonkeyPatch) -> None:
+    assert explain(X, W, SCALE).decided_by == "default"
+
+    environment.setenv("FP8DISPATCH_BACKEND", "cublaslt")
+    assert explain(X, W, SCALE).decided_by == "default", "the environment is read once"
+
+    fp8dispatch.reload_environment()
+    with pytest.raises(BackendUnavailableError, match=r"by FP8DISPATCH_BACKEND .*cublaslt needs"):
+        fp8_linear(X, W, SCALE)
+    assert fp8_linear(X, W, SCALE, backend="eager").shape == (3, 4)
+    assert explain(X, W, SCALE, backend="eager").decided_by == "argument backend="
+
+
+@pytest.mark.parametrize(
+    ("value", "order"),
+    [
+        ("", ("eager", "cublaslt", "triton")),
+        ("-cublaslt", ("eager", "triton")),
+        ("-cublaslt,-triton", ("eager",)),
+        (" cublaslt , eager ", ("cublaslt", "eager")),
+        ("eager,triton,-triton", ("eager",)),
+    ],
+)
+def test_environment_orders_and_excludes(
+    value: str, order: tuple[str, ...], environment: pytest.MonkeyPatch
+) -> None:
+    environment.setenv("FP8DISPATCH_BACKEND", value)
+
+    decision = explain(X, W, SCALE)
+
+    tried = [name for name, _ in decision.refusals]
+    assert (*tried, decision.backend, *decision.not_tried) == order
+    assert decision.backend == "eager"
+
+
+def test_accuracy_of_the_environment_reaches_the_problem(environment: pytest.MonkeyPatch) -> None:
+    assert explain(X, W, SCALE).problem.accuracy is Accuracy.EXACT
+
+    environment.setenv("FP8DISPATCH_ACCURACY", "fast")
+    fp8dispatch.reload_environment()
+
+    assert explain(X, W, SCALE).problem.accuracy is Accuracy.FAST
+    assert explain(X, W, SCALE, backend="eager").problem.accuracy is Accuracy.FAST
+
+
+def test_decision_is_made_once_for_calls_that_are_alike(
+    environment: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def counting(problem: LinearProblem, *rest: Any) -> Decision:
+        seen.append(problem.m)
+        return select(problem, *rest)
+
+    monkeypatch.setattr(execute, "_decisions", {})
+    monkeypatch.setattr(execute, "select", counting)
+
+    for rows in (3, 3, 5, 3, 5):
+        fp8_linear(torch.ones(rows, 8), W, SCALE)
+    fp8_linear(X, W, SCALE, backend="eager")  # another policy
+
+    assert seen == [3, 5, 3]
+
+
+def test_remembered_decisions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "_decisions", {})
+    monkeypatch.setattr(execute, "_MAX_DECISIONS", 4)
+
+    for rows in range(1, 10):
+        fp8_linear(torch.ones(rows, 8), W, SCALE)
+
+    assert 1 <= len(execute._decisions) <= 4
+
+
+@pytest.mark.parametrize("name", ["errors", "machine", "policy", "problem", "recipe", "router"])
+def test_core_imports_no_torch(name: str) -> None:
+    code = f"import fp8dispatch.{name}, sys; print({{'torch', 'triton'}} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "set()"
