@@ -72,7 +72,7 @@ def _time_shape(m: int, n: int, k: int, recipe: Recipe) -> dict[str, Any]:
         oracle.assert_matches(run()[:rows], expected, label=f"{backend} {m}x{n}x{k}")
         arms[backend] = run
     times: dict[str, list[float]] = {name: [] for name in arms}
-    graphs = {name: _capture(arm) for name, arm in arms.items()}
+    graphs = {name: capture(arm) for name, arm in arms.items()}
     for _ in range(ROUNDS):
         for name, graph in graphs.items():
             times[name].append(
@@ -94,7 +94,8 @@ def _time_shape(m: int, n: int, k: int, recipe: Recipe) -> dict[str, Any]:
     return row
 
 
-def _capture(arm: Callable[[], torch.Tensor]) -> torch.cuda.CUDAGraph:
+def capture(arm: Callable[[], torch.Tensor]) -> torch.cuda.CUDAGraph:
+    """A graph of one call, warmed first."""
     arm()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fp8dispatch.decide import stats
     from fp8dispatch.errors import (
         AmbiguousRecipeError,
         BackendUnavailableError,
@@ -40,16 +41,18 @@ if TYPE_CHECKING:
     )
     from fp8dispatch.linear import explain, fp8_linear, fp8_linear_quantized
     from fp8dispatch.modules import ConversionReport, FP8Linear, convert_model
-    from fp8dispatch.policy import reload_environment
+    from fp8dispatch.policy import reload_environment, set_backend, use_backend
     from fp8dispatch.prepare import invalidate
     from fp8dispatch.problem import Accuracy, LinearProblem
     from fp8dispatch.quantization.activation import QuantizedActivation
     from fp8dispatch.quantization.weight import dequantize, quantize
     from fp8dispatch.recipe import Granularity, Recipe
-    from fp8dispatch.router import Decision
+    from fp8dispatch.router import Assessment, Decision, Standing
+    from fp8dispatch.warm import WarmedLayer, warmup
 
 # Module -> the public names that live there.
 _HOMES: dict[str, tuple[str, ...]] = {
+    "decide": ("stats",),
     "errors": (
         "AmbiguousRecipeError",
         "BackendUnavailableError",
@@ -78,19 +81,21 @@ _HOMES: dict[str, tuple[str, ...]] = {
     ),
     "linear": ("explain", "fp8_linear", "fp8_linear_quantized"),
     "modules": ("ConversionReport", "FP8Linear", "convert_model"),
-    "policy": ("reload_environment",),
+    "policy": ("reload_environment", "set_backend", "use_backend"),
     "prepare": ("invalidate",),
     "problem": ("Accuracy", "LinearProblem"),
     "quantization.activation": ("QuantizedActivation",),
     "quantization.weight": ("dequantize", "quantize"),
     "recipe": ("Granularity", "Recipe"),
-    "router": ("Decision",),
+    "router": ("Assessment", "Decision", "Standing"),
+    "warm": ("WarmedLayer", "warmup"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Accuracy",
     "AmbiguousRecipeError",
+    "Assessment",
     "BackendUnavailableError",
     "ConfigurationError",
     "ConversionReport",
@@ -111,8 +116,10 @@ __all__ = [
     "Refusal",
     "ScaleValueError",
     "ShapeError",
+    "Standing",
     "UnknownBackendError",
     "UnsupportedTransformError",
+    "WarmedLayer",
     "__version__",
     "act_quant",
     "convert_model",
@@ -126,8 +133,12 @@ __all__ = [
     "invalidate",
     "quantize",
     "reload_environment",
+    "set_backend",
+    "stats",
+    "use_backend",
     "w8a8_block_fp8_matmul",
     "w8a8_block_fp8_matmul_triton",
+    "warmup",
     "weight_dequant",
 ]
 

@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fp8dispatch import execute
-from fp8dispatch.checks import unwrapped
+from fp8dispatch.checks import VMAP_REFUSED, unwrapped
 from fp8dispatch.errors import FrozenWeightError, UnsupportedTransformError
 from fp8dispatch.execute import LinearCall
 from fp8dispatch.prepare import weight_scale_fp32
@@ -68,10 +68,7 @@ class FP8LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         for index, name in ((1, "weight"), (2, "weight_scale"), (4, "activation_scale")):
             if ctx.needs_input_grad[index]:
-                raise FrozenWeightError(
-                    f"{name} requires grad, but FP8 weights and scales are frozen; call "
-                    f"{name}.requires_grad_(False) and train the bias, adapters or other layers"
-                )
+                raise frozen(name)
         grad_x = grad_bias = None
         if grad.is_meta:
             shapes = (ctx.x_shape, ctx.x_dtype), (grad.shape[-1:], ctx.bias_dtype)
@@ -82,24 +79,35 @@ class FP8LinearFunction(torch.autograd.Function):
                 )
             )
             return grad_x, None, None, grad_bias, None, None
-        grad = unwrapped(grad).reshape(-1, grad.shape[-1])
+        grad = unwrapped(grad)
         # Under torch.func.grad each operation would wrap its result again, hiding it from kernels.
         with torch._C._DisableFuncTorch(), torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 weight, weight_scale = map(unwrapped, ctx.saved_tensors)
-                grad_x = _grad_input(grad, weight, weight_scale, ctx.call)
+                flat = grad.reshape(-1, grad.shape[-1])
+                grad_x = _grad_input(flat, weight, weight_scale, ctx.call)
                 grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
             if ctx.needs_input_grad[3]:
-                grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+                grad_bias = bias_gradient(grad, ctx.bias_dtype)
         return grad_x, None, None, grad_bias, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         """Refused: a batched weight or activation has no meaning here."""
-        raise UnsupportedTransformError(
-            "fp8_linear does not run under torch.func.vmap; X takes any leading shape, so pass "
-            "the batch as a leading dimension"
-        )
+        raise UnsupportedTransformError(VMAP_REFUSED)
+
+
+def frozen(name: str) -> FrozenWeightError:
+    """The error for a gradient asked of the weight or a scale."""
+    return FrozenWeightError(
+        f"{name} requires grad, but FP8 weights and scales are frozen; call "
+        f"{name}.requires_grad_(False) and train the bias, adapters or other layers"
+    )
+
+
+def bias_gradient(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """dBias [N] of dY [..., N], summed in fp32."""
+    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(dtype)
 
 
 def _grad_input(

@@ -5,10 +5,27 @@ from __future__ import annotations
 from numbers import Integral
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from fp8dispatch.errors import DeviceError, DTypeError, ShapeError, UnsupportedTransformError
 from fp8dispatch.formats import ACTIVATION_DTYPES, FLOAT8_DTYPES, SCALE_DTYPES, dtype_name
+
+VMAP_REFUSED = (
+    "fp8_linear does not run under torch.func.vmap, nor do its gradients in batches; X takes any "
+    "leading shape, so pass the batch as a leading dimension"
+)
+
+
+def is_traced(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """A compiler records the call, or tensors without values stand in for real ones.
+
+    The call must then be one of the operators of `fp8dispatch.ops`.
+    """
+    # `type`, not `isinstance`: every eager call asks, and the metaclass of Parameter is slow.
+    return is_compiling() or type(first) is FakeTensor or type(second) is FakeTensor
 
 
 def check_dense(name: str, tensor: object) -> None:
@@ -21,7 +38,7 @@ def check_dense(name: str, tensor: object) -> None:
         raise DTypeError(f"{name} must be a torch.Tensor, found {type(tensor).__name__}")
     if tensor.is_nested:
         raise DTypeError(f"{name} must be one dense tensor, found a nested one; pad or split it")
-    if tensor.layout != torch.strided:
+    if tensor.layout is not torch.strided:
         raise DTypeError(
             f"{name} must be dense (torch.strided), found {tensor.layout}; pass {name}.to_dense()"
         )
@@ -156,15 +173,16 @@ def check_transforms(*tensors: torch.Tensor | None) -> None:
     """Refuse torch.func.vmap, forward-mode and higher-order differentiation of any argument.
 
     vmap would batch tensors that kernels cannot see into, forward mode would differentiate the
-    rounding to FP8, and the gradient is not differentiable itself.
+    rounding to FP8, and the gradient is not differentiable itself. Not for calls that `is_traced`:
+    the operators of `fp8dispatch.ops` refuse the same by themselves.
 
     Raises:
         UnsupportedTransformError: either is active on one of the tensors.
     """
     forward_mode = forward_ad._current_level >= 0
-    transforms = torch._C._functorch.get_interpreter_stack()
-    if not forward_mode and not transforms:
+    if not forward_mode and peek_interpreter_stack() is None:
         return
+    transforms = torch._C._functorch.get_interpreter_stack()
     for tensor in tensors:
         if not isinstance(tensor, torch.Tensor):
             continue
@@ -189,10 +207,7 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
     """
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if torch._C._functorch.is_batchedtensor(tensor):
-            raise UnsupportedTransformError(
-                "fp8_linear does not run under torch.func.vmap, nor do its gradients in batches; "
-                "X takes any leading shape, so pass the batch as a leading dimension"
-            )
+            raise UnsupportedTransformError(VMAP_REFUSED)
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
 

@@ -1,4 +1,4 @@
-"""Runs one checked call without gradients: decode the scale, choose a backend, compute.
+"""Runs one checked call without gradients: decode the scale, take the decision, compute.
 
 Everything a call needs beside its tensors is in one frozen `LinearCall`, so that the forward, its
 recomputation and the backward, which may run on other threads, all mean the same thing.
@@ -12,14 +12,13 @@ import torch
 
 from fp8dispatch import registry
 from fp8dispatch.backends.contract import Weight
+from fp8dispatch.decide import counters, decide, put_aside
 from fp8dispatch.formats import activation_float8, dtype_name
 from fp8dispatch.policy import Policy
 from fp8dispatch.prepare import activation_scale_fp32, weight_scale_fp32
-from fp8dispatch.probes.device import describe
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.quantization.activation import QuantizedActivation
 from fp8dispatch.recipe import Recipe
-from fp8dispatch.router import Decision, select
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,26 @@ def forward(
     )
     static = None if activation_scale is None else activation_scale_fp32(activation_scale)
     problem = describe_call(m, data, call, bias, static is not None)
-    chosen = registry.load(decide(problem, x.device, call.allowed).backend)
-    if m == 0:  # decided all the same: a forced backend that refuses the call must say so
-        return torch.empty(shape, dtype=call.out_dtype, device=x.device)
-    if call.quantized is not None:
-        out = chosen.matmul(call.quantized, operand, bias, problem)
-    else:
-        out = chosen.linear(x.reshape(m, k), operand, bias, static, problem)
-    return out.view(shape)
+    allowed, failed = call.allowed, set[str]()
+    while True:
+        decision = decide(problem, x.device, allowed)
+        if m == 0:  # decided all the same: a forced backend that refuses the call must say so
+            return torch.empty(shape, dtype=call.out_dtype, device=x.device)
+        backend = registry.load(decision.backend)
+        counters.calls += 1
+        try:
+            if call.quantized is not None:
+                out = backend.matmul(call.quantized, operand, bias, problem)
+            else:
+                out = backend.linear(x.reshape(m, k), operand, bias, static, problem)
+        except Exception as error:
+            # Any library's failure: raised where it is the caller's, else another backend's turn.
+            allowed = put_aside(error, decision, x.device, allowed)
+            if decision.backend in failed:
+                raise
+            failed.add(decision.backend)
+            continue
+        return out.view(shape)
 
 
 def oriented(
@@ -105,25 +116,7 @@ def describe_call(
         bias is not None,
         static,
         weight.stride(1) == 1 and weight.stride(0) >= k,
+        weight.is_contiguous(),
         weight.is_meta or (weight.data_ptr() | weight.stride(0)) % 16 == 0,
         call.allowed.accuracy,
     )
-
-
-_decisions: dict[tuple[LinearProblem, torch.device, Policy], Decision] = {}
-# M changes from call to call; a bound keeps a long-running server's memory flat.
-_MAX_DECISIONS = 4096
-
-
-def decide(problem: LinearProblem, device: torch.device, allowed: Policy) -> Decision:
-    """The decision for a call, remembered."""
-    key = (problem, device, allowed)
-    decision = _decisions.get(key)
-    if decision is None:
-        machine = describe(device)
-        order = registry.default_order(machine.device_type)
-        decision = select(problem, machine, allowed, order, registry.load)
-        if len(_decisions) >= _MAX_DECISIONS:
-            _decisions.clear()
-        _decisions[key] = decision
-    return decision

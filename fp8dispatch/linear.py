@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fp8dispatch import autograd, policy, registry
+from fp8dispatch import autograd, ops, policy, registry
 from fp8dispatch.checks import (
     check_activation_scale,
     check_activations,
@@ -14,9 +14,11 @@ from fp8dispatch.checks import (
     check_device,
     check_out_dtype,
     check_transforms,
+    is_traced,
 )
+from fp8dispatch.decide import decide
 from fp8dispatch.errors import DTypeError, FrozenWeightError
-from fp8dispatch.execute import LinearCall, decide, describe_call
+from fp8dispatch.execute import LinearCall, describe_call
 from fp8dispatch.quantization.activation import QuantizedActivation
 from fp8dispatch.router import Decision
 from fp8dispatch.validate import Operands, check_operands, check_quantized
@@ -69,13 +71,23 @@ def fp8_linear(
         FrozenWeightError: in backward, when the weight or a scale requires grad.
         UnsupportedTransformError: under torch.func.vmap or forward-mode differentiation.
     """
-    check_transforms(X, weight, weight_scale, bias, activation_scale)
+    traced = is_traced(X, weight)
+    if not traced:
+        check_transforms(X, weight, weight_scale, bias, activation_scale)
     check_activations("X", X)
     operands = check_operands(weight, weight_scale, X.shape[-1], block_size)
     check_device("X", X, weight)
     check_activation_scale(activation_scale, weight)
-    call = _describe(operands, weight_scale, bias, out_dtype, X.dtype, backend)
-    return _apply(X, weight, weight_scale, bias, activation_scale, call)
+    check_bias(bias, operands.weight.shape[0], weight)
+    check_out_dtype(out_dtype)
+    autocast = _autocast_dtype(X)
+    out_dtype = out_dtype or autocast or X.dtype
+    if traced:
+        return ops.linear(
+            X, weight, weight_scale, bias, activation_scale, operands, out_dtype, backend
+        )
+    call = _describe(operands, weight_scale, out_dtype, backend)
+    return _apply(X, weight, weight_scale, bias, activation_scale, call, autocast is not None)
 
 
 def fp8_linear_quantized(
@@ -107,7 +119,9 @@ def fp8_linear_quantized(
             f"X must be a QuantizedActivation, found {type(X).__name__}; make one with "
             f"QuantizedActivation.from_tensor"
         )
-    check_transforms(X.data, weight, weight_scale, bias)
+    traced = is_traced(X.data, weight)
+    if not traced:
+        check_transforms(X.data, weight, weight_scale, bias)
     if X.data.requires_grad or X.scale.requires_grad:
         raise FrozenWeightError(
             "quantised activations carry no gradient; pass the unquantised X to fp8_linear"
@@ -115,8 +129,14 @@ def fp8_linear_quantized(
     operands = check_operands(weight, weight_scale, X.data.shape[-1], block_size)
     check_device("X.data", X.data, weight)
     matrix = check_quantized(X, operands)
-    call = _describe(operands, weight_scale, bias, out_dtype, torch.bfloat16, backend, matrix)
-    return _apply(X.data, weight, weight_scale, bias, None, call)
+    check_bias(bias, operands.weight.shape[0], weight)
+    check_out_dtype(out_dtype)
+    autocast = _autocast_dtype(X.data)
+    out_dtype = out_dtype or autocast or torch.bfloat16
+    if traced:
+        return ops.linear_quantized(X, weight, weight_scale, bias, operands, out_dtype, backend)
+    call = _describe(operands, weight_scale, out_dtype, backend, matrix)
+    return _apply(X.data, weight, weight_scale, bias, None, call, autocast is not None)
 
 
 def explain(
@@ -132,7 +152,8 @@ def explain(
 ) -> Decision:
     """Which backend `fp8_linear` would run for the same arguments, and why not the others.
 
-    Nothing is computed. The decision renders as text with ``str``.
+    Nothing of the call is computed; a backend that is about to be chosen and was never tested here
+    runs its canary first. The decision renders as text with ``str`` and as JSON with ``as_json``.
 
     Raises:
         The errors of `fp8_linear`.
@@ -141,27 +162,30 @@ def explain(
     operands = check_operands(weight, weight_scale, X.shape[-1], block_size)
     check_device("X", X, weight)
     check_activation_scale(activation_scale, weight)
-    call = _describe(operands, weight_scale, bias, out_dtype, X.dtype, backend)
+    check_bias(bias, operands.weight.shape[0], weight)
+    check_out_dtype(out_dtype)
+    out_dtype = out_dtype or _autocast_dtype(X) or X.dtype
+    call = _describe(operands, weight_scale, out_dtype, backend)
     m = X.numel() // X.shape[-1]
     problem = describe_call(m, operands.weight, call, bias, activation_scale is not None)
     return decide(problem, X.device, call.allowed)
 
 
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What autocast wants on the device of `x`; None where it is off."""
+    device_type = x.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 def _describe(
     operands: Operands,
     weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype | None,
-    x_dtype: torch.dtype,
+    out_dtype: torch.dtype,
     backend: str | None,
     quantized: QuantizedActivation | None = None,
 ) -> LinearCall:
-    check_bias(bias, operands.weight.shape[0], operands.weight)
-    check_out_dtype(out_dtype)
-    device_type = operands.weight.device.type
-    if out_dtype is None:
-        autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-        out_dtype = torch.get_autocast_dtype(device_type) if autocast else x_dtype
     return LinearCall(
         operands.recipe,
         operands.transposed,
@@ -179,10 +203,10 @@ def _apply(
     bias: torch.Tensor | None,
     activation_scale: torch.Tensor | None,
     call: LinearCall,
+    autocast: bool,
 ) -> torch.Tensor:
-    device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+    if autocast:
         # Our own casts are all stated; autocast inside would change fp32 sums to 16 bits.
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return autograd.apply(x, weight, weight_scale, bias, activation_scale, call)
     return autograd.apply(x, weight, weight_scale, bias, activation_scale, call)

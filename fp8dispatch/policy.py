@@ -1,27 +1,46 @@
-"""Which backends a call may use: the only reader of environment variables.
+"""Which backends a call may use, and the only reader of environment variables.
 
-| variable               | value                                                               |
-|------------------------|---------------------------------------------------------------------|
-| `FP8DISPATCH_BACKEND`  | `triton` (this one or an error), `triton,eager` (the first of these |
-|                        | that takes the call, or an error), `-cublaslt` (all but this one)   |
-| `FP8DISPATCH_ACCURACY` | `exact` (default) or `fast`: the least exact accumulation allowed   |
+The nearest statement wins: the argument ``backend=`` of a call, then `use_backend`, then
+`set_backend`, then the environment, then the default order. A statement is a text:
 
-Precedence: the argument `backend=` of a call, then the environment, then the default order.
-The environment is read once, at the first call; `reload_environment` reads it again.
+    "triton"          this backend, or an error with its refusals
+    "triton,eager"    the first of these that takes the call, or an error
+    "-cublaslt"       any but this one
+
+| variable                | value                                                              |
+|-------------------------|--------------------------------------------------------------------|
+| `FP8DISPATCH_BACKEND`   | a statement as above                                               |
+| `FP8DISPATCH_ACCURACY`  | `exact` (default) or `fast`: the least exact accumulation allowed  |
+| `FP8DISPATCH_PLUGINS`   | `0` leaves third-party backends alone                              |
+| `FP8DISPATCH_CACHE_DIR` | where verdicts are kept, instead of the user's cache directory     |
+
+The first two are read once, at the first call; `reload_environment` reads them again.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar, cast
 
 from fp8dispatch.errors import ConfigurationError, UnknownBackendError
 from fp8dispatch.problem import Accuracy
 
 BACKEND_VARIABLE = "FP8DISPATCH_BACKEND"
 ACCURACY_VARIABLE = "FP8DISPATCH_ACCURACY"
+PLUGINS_VARIABLE = "FP8DISPATCH_PLUGINS"
+CACHE_VARIABLE = "FP8DISPATCH_CACHE_DIR"
 # Triton's own variable: it decides, when a kernel is defined, whether CPU tensors can be run.
 _TRITON_INTERPRET = "TRITON_INTERPRET"
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -32,7 +51,7 @@ class Policy:
         only: backends to try in this order; empty means the default order.
         excluded: backends never to use.
         accuracy: the least exact class of accumulation allowed.
-        source: who said so, for explanations: "default", "argument" or a variable's name.
+        source: who said so, for explanations: "default", "argument backend=" and the like.
     """
 
     only: tuple[str, ...] = ()
@@ -40,13 +59,168 @@ class Policy:
     accuracy: Accuracy = Accuracy.EXACT
     source: str = "default"
 
+    @property
+    def forced(self) -> bool:
+        """One backend and no other: it runs, or the call raises."""
+        return len(self.only) == 1
+
     def order(self, default: tuple[str, ...]) -> tuple[str, ...]:
         """The backends to try, in order."""
         return tuple(name for name in (self.only or default) if name not in self.excluded)
 
 
+@dataclass(frozen=True)
+class Statement:
+    """What one place says; None leaves the question to the next place.
+
+    Attributes:
+        backends: a text such as "triton", "triton,eager" or "-cublaslt".
+        accuracy: the least exact class of accumulation allowed.
+    """
+
+    backends: str | None = None
+    accuracy: Accuracy | None = None
+
+
+_NOTHING = Statement()
+_DEFAULT = Policy()
+_in_context: ContextVar[Statement | None] = ContextVar("fp8dispatch_policy", default=None)
+_of_process = _NOTHING
+_of_environment: Statement | None = None
+
+
+def resolve(backend: str | None, known: tuple[str, ...]) -> Policy:
+    """The policy of one call with the argument `backend`.
+
+    Raises:
+        UnknownBackendError: a name that is not registered.
+        ConfigurationError: the environment has a value that cannot be read.
+    """
+    context = _in_context.get()
+    if backend is None and context is None and _of_process == _of_environment == _NOTHING:
+        return _DEFAULT  # the usual case, in every call
+    check_backend(backend, known)
+    places = (("argument backend=", Statement(backend)), *statements(known))
+    accuracy = next((said.accuracy for _, said in places if said.accuracy), Accuracy.EXACT)
+    for source, said in places:
+        if said.backends is not None:
+            only, excluded = parse_backends(said.backends, known)
+            return Policy(only, excluded, accuracy, source)
+    return Policy(accuracy=accuracy)
+
+
+def statements(known: tuple[str, ...]) -> tuple[tuple[str, Statement], ...]:
+    """What each place beside the argument states now, the nearest first.
+
+    Raises:
+        ConfigurationError: the environment has a value that cannot be read.
+    """
+    return (
+        ("use_backend", _in_context.get() or _NOTHING),
+        ("set_backend", _of_process),
+        (BACKEND_VARIABLE, _environment(known)),
+    )
+
+
+class use_backend:  # lower case: reads as a verb where it is used, like torch.no_grad
+    """State the backends, or the accuracy, for calls in a block or a function.
+
+    It holds in this thread or asynchronous task, and the nearest one wins. Backward runs what the
+    forward call was allowed to run, wherever it runs.
+
+        with fp8dispatch.use_backend("triton"): ...
+
+        @fp8dispatch.use_backend("-cublaslt", accuracy="fast")
+        def step(): ...
+
+    Args:
+        backends: a statement such as "triton", "triton,eager" or "-cublaslt"; None leaves it.
+        accuracy: "exact" or "fast"; None leaves it.
+
+    Raises:
+        UnknownBackendError, ConfigurationError: a statement that cannot be read.
+    """
+
+    def __init__(
+        self, backends: str | None = None, *, accuracy: str | Accuracy | None = None
+    ) -> None:
+        self._statement = _statement(backends, accuracy)
+        self._tokens: list[Token[Statement | None]] = []
+
+    def __enter__(self) -> use_backend:
+        outer = _in_context.get() or _NOTHING
+        own = self._statement
+        nearest = Statement(
+            outer.backends if own.backends is None else own.backends,
+            own.accuracy or outer.accuracy,
+        )
+        self._tokens.append(_in_context.set(nearest))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _in_context.reset(self._tokens.pop())
+
+    def __call__(self, function: F) -> F:
+        def fresh() -> use_backend:
+            return use_backend(self._statement.backends, accuracy=self._statement.accuracy)
+
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def asynchronous(*args: Any, **kwargs: Any) -> Any:
+                with fresh():
+                    return await function(*args, **kwargs)
+
+            return cast("F", asynchronous)
+
+        @functools.wraps(function)
+        def synchronous(*args: Any, **kwargs: Any) -> Any:
+            with fresh():
+                return function(*args, **kwargs)
+
+        return cast("F", synchronous)
+
+
+def set_backend(backends: str | None = None, *, accuracy: str | Accuracy | None = None) -> None:
+    """State the backends and the accuracy for the whole process; without arguments, unstate them.
+
+    Args:
+        backends: a statement such as "triton", "triton,eager" or "-cublaslt"; None for none.
+        accuracy: "exact" or "fast"; None for none.
+
+    Raises:
+        UnknownBackendError, ConfigurationError: a statement that cannot be read.
+    """
+    global _of_process
+    _of_process = _statement(backends, accuracy)
+
+
+def reload_environment() -> None:
+    """Forget what the environment said; the next call reads it again."""
+    global _of_environment
+    _of_environment = None
+
+
+def check_backend(backend: str | None, known: tuple[str, ...]) -> None:
+    """A registered backend name, or None.
+
+    Raises:
+        UnknownBackendError: anything else.
+    """
+    if backend is not None and (not isinstance(backend, str) or backend not in known):
+        raise UnknownBackendError(
+            f"backend must be one of {', '.join(known)} or None, found {backend!r}"
+        )
+
+
+@functools.lru_cache(maxsize=256)
 def parse_backends(text: str, known: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """``(only, excluded)`` of a value such as ``"triton,eager"`` or ``"-cublaslt"``.
+    """``(only, excluded)`` of a statement such as ``"triton,eager"`` or ``"-cublaslt"``.
 
     Raises:
         UnknownBackendError: a name that is not in `known`.
@@ -63,51 +237,26 @@ def parse_backends(text: str, known: tuple[str, ...]) -> tuple[tuple[str, ...], 
     return tuple(only), tuple(excluded)
 
 
-_from_environment: Policy | None = None
+def plugins_allowed() -> bool:
+    """Third-party backends may be loaded."""
+    return os.environ.get(PLUGINS_VARIABLE, "1").strip().lower() not in ("0", "false", "no", "off")
 
 
-def environment_policy(known: tuple[str, ...]) -> Policy:
-    """The policy that the environment states; read at the first call and then remembered.
-
-    Raises:
-        ConfigurationError: a variable with a value that cannot be read.
-    """
-    global _from_environment
-    if _from_environment is None:
-        _from_environment = _read_environment(known)
-    return _from_environment
-
-
-def reload_environment() -> None:
-    """Forget what the environment said; the next call reads it again."""
-    global _from_environment
-    _from_environment = None
+def cache_directory() -> Path:
+    """Where verdicts are kept: ``FP8DISPATCH_CACHE_DIR``, or the user's cache directory."""
+    stated = os.environ.get(CACHE_VARIABLE)
+    if stated:
+        return Path(stated)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA")
+        return (Path(base) if base else Path.home() / "AppData" / "Local") / "fp8dispatch"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fp8dispatch"
 
 
-def resolve(backend: str | None, known: tuple[str, ...]) -> Policy:
-    """The policy of one call with the argument `backend`.
-
-    Raises:
-        UnknownBackendError: `backend` is not a registered name.
-        ConfigurationError: the environment has a value that cannot be read.
-    """
-    stated = environment_policy(known)
-    if backend is None:
-        return stated
-    check_backend(backend, known)
-    return Policy((backend,), (), stated.accuracy, "argument backend=")
-
-
-def check_backend(backend: str | None, known: tuple[str, ...]) -> None:
-    """A registered backend name, or None.
-
-    Raises:
-        UnknownBackendError: anything else.
-    """
-    if backend is not None and (not isinstance(backend, str) or backend not in known):
-        raise UnknownBackendError(
-            f"backend must be one of {', '.join(known)} or None, found {backend!r}"
-        )
+def cuda_visible_devices() -> str | None:
+    """``CUDA_VISIBLE_DEVICES`` as it stands; None when it is not set."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def triton_interpreter() -> bool:
@@ -115,26 +264,42 @@ def triton_interpreter() -> bool:
     return os.environ.get(_TRITON_INTERPRET, "0").lower() in ("1", "true", "yes", "on")
 
 
-def _read_environment(known: tuple[str, ...]) -> Policy:
-    backends = os.environ.get(BACKEND_VARIABLE, "").strip()
-    accuracy = os.environ.get(ACCURACY_VARIABLE, "").strip()
-    only: tuple[str, ...] = ()
-    excluded: tuple[str, ...] = ()
-    if backends:
-        try:
-            only, excluded = parse_backends(backends, known)
-        except UnknownBackendError as error:
-            raise ConfigurationError(
-                f"{BACKEND_VARIABLE}={backends!r} cannot be read, since {error}"
-            ) from error
+def _statement(backends: str | None, accuracy: str | Accuracy | None) -> Statement:
+    if backends is not None:
+        # Imported here: the registry reads this module to learn whether plugins are allowed.
+        from fp8dispatch import registry
+
+        if not isinstance(backends, str) or not backends.strip():
+            raise UnknownBackendError(
+                f"backends must be a text such as 'triton' or '-cublaslt', found {backends!r}"
+            )
+        parse_backends(backends, registry.NAMES)
+    if accuracy is None:
+        return Statement(backends)
+    return Statement(backends, _accuracy(accuracy, "accuracy"))
+
+
+def _accuracy(text: str, what: str) -> Accuracy:
     classes = [member.value for member in Accuracy]
-    if accuracy and accuracy not in classes:
-        raise ConfigurationError(
-            f"{ACCURACY_VARIABLE} must be one of {', '.join(classes)}, found {accuracy!r}"
+    if text not in classes:
+        raise ConfigurationError(f"{what} must be one of {', '.join(classes)}, found {text!r}")
+    return Accuracy(text)
+
+
+def _environment(known: tuple[str, ...]) -> Statement:
+    global _of_environment
+    if _of_environment is None:
+        backends = os.environ.get(BACKEND_VARIABLE, "").strip()
+        accuracy = os.environ.get(ACCURACY_VARIABLE, "").strip()
+        if backends:
+            try:
+                parse_backends(backends, known)
+            except UnknownBackendError as error:
+                raise ConfigurationError(
+                    f"{BACKEND_VARIABLE}={backends!r} cannot be read, since {error}"
+                ) from error
+        _of_environment = Statement(
+            backends or None,
+            _accuracy(accuracy, ACCURACY_VARIABLE) if accuracy else None,
         )
-    return Policy(
-        only,
-        excluded,
-        Accuracy(accuracy) if accuracy else Accuracy.EXACT,
-        BACKEND_VARIABLE if backends else "default",
-    )
+    return _of_environment

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -64,9 +65,9 @@ def prepared(tensor: torch.Tensor, key: Hashable, build: Callable[[], T]) -> T:
     if entry is not None and current and where in entry.results:
         found: T = entry.results[where]
         return found
-    result = build()
     if _capturing(tensor):
-        return result
+        return build()
+    result = _outside_of_pools(tensor.device, build) if tensor.is_cuda else build()
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
     if entry is None or not current:
@@ -87,6 +88,13 @@ def invalidate(*tensors: torch.Tensor) -> None:
     for tensor in tensors:
         check_dense("each argument", tensor)
         _entries.pop(id(tensor.untyped_storage()), None)
+
+
+def prepared_bytes(tensor: torch.Tensor) -> int:
+    """Memory of everything that is kept prepared from the storage of `tensor`."""
+    entry = _entries.get(id(tensor.untyped_storage()))
+    results = () if entry is None else tuple(entry.results.values())
+    return sum(result.nbytes for result in results if isinstance(result, torch.Tensor))
 
 
 def weight_scale_fp32(scale: torch.Tensor, recipe: Recipe, n: int, k: int) -> torch.Tensor:
@@ -130,6 +138,22 @@ def _check_values(scale: torch.Tensor, name: str, *, positive: bool) -> None:
         f"{name} must be {kind}, found {float(wrong[0])} among {wrong.numel()} of "
         f"{scale.numel()} values; {remedy} again or repair the checkpoint"
     )
+
+
+def _outside_of_pools(device: torch.device, build: Callable[[], T]) -> T:
+    """``build()`` on a thread of its own, on the caller's stream.
+
+    Before torch.compile captures a CUDA graph it runs the code once, with all that the thread
+    allocates taken from the graph's private pool. What is remembered must not lie there.
+    """
+    stream = torch.cuda.current_stream(device)
+
+    def run() -> T:
+        with torch.cuda.stream(stream), torch.no_grad():
+            return build()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
 
 
 def _capturing(tensor: torch.Tensor) -> bool:

@@ -32,6 +32,7 @@ class LinearProblem:
         has_bias: a bias [N] is added.
         static_activation: activations use one given scale instead of scales computed per call.
         weight_row_major: the weight's rows lie one after the other with K contiguous.
+        weight_contiguous: its rows lie side by side, without gaps.
         aligned: the weight's memory and its rows start at multiples of 16 bytes.
         accuracy: the least exact class of accumulation that the policy allows.
     """
@@ -46,6 +47,7 @@ class LinearProblem:
     has_bias: bool = False
     static_activation: bool = False
     weight_row_major: bool = True
+    weight_contiguous: bool = True
     aligned: bool = True
     accuracy: Accuracy = Accuracy.EXACT
 

@@ -1,37 +1,81 @@
-"""The backends by name, in the default order; each is loaded when it is first asked for."""
+"""The backends by name: ours, and those that other packages offer through entry points.
+
+A package offers a backend with the entry-point group ``fp8dispatch.backends``; the entry's name is
+the backend's, its object a `fp8dispatch.backends.contract.Backend`. Ours are preferred: a plugin
+comes after them and before `eager`, and cannot take one of their names. A plugin that does not load
+is kept with its error as its refusal, and harms nothing else.
+"""
 
 from __future__ import annotations
 
 import functools
-from importlib import import_module
+import logging
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING
+
+from fp8dispatch import policy
 
 if TYPE_CHECKING:
     from fp8dispatch.backends.contract import Backend
 
-# One line per backend: its name and the module whose BACKEND it is. The order is the order in
-# which backends are tried: the vendor's GEMM where it runs, our kernels next, eager always last.
+ENTRY_POINTS = "fp8dispatch.backends"
+_log = logging.getLogger("fp8dispatch")
+
+# One line per backend: its name and the module whose BACKEND it is, in the order of preference
+# where no route says better (`routes`): libraries that are installed for this first, eager last.
 _MODULES: dict[str, str] = {
+    "fbgemm": "fp8dispatch.backends.fbgemm",
+    "mslk": "fp8dispatch.backends.mslk",
+    "deepgemm": "fp8dispatch.backends.deepgemm",
     "cublaslt": "fp8dispatch.backends.cublaslt",
     "triton": "fp8dispatch.backends.triton",
+    "torchao": "fp8dispatch.backends.torchao",
     "eager": "fp8dispatch.backends.eager",
 }
 
-NAMES: tuple[str, ...] = tuple(_MODULES)
+
+def _find_plugins() -> dict[str, metadata.EntryPoint]:
+    if not policy.plugins_allowed():
+        return {}
+    found: dict[str, metadata.EntryPoint] = {}
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        if entry.name in _MODULES or entry.name in found or not entry.name.isidentifier():
+            _log.warning(
+                "the backend %r of %s is ignored: it needs a name of its own that is an identifier",
+                entry.name,
+                entry.value,
+            )
+            continue
+        found[entry.name] = entry
+    return found
 
 
-def default_order(device_type: str) -> tuple[str, ...]:
-    """Every backend, in the order in which it is tried on a kind of device.
-
-    Off the GPU plain torch comes first: the others run there in an interpreter at best.
-    """
-    if device_type == "cuda":
-        return NAMES
-    return ("eager", *(name for name in NAMES if name != "eager"))
+_PLUGINS = _find_plugins()
+NAMES: tuple[str, ...] = (*[name for name in _MODULES if name != "eager"], *_PLUGINS, "eager")
 
 
 @functools.cache
 def load(name: str) -> Backend:
     """The backend called `name`, which must be one of `NAMES`."""
-    backend: Backend = import_module(_MODULES[name]).BACKEND
+    if name in _MODULES:
+        backend: Backend = import_module(_MODULES[name]).BACKEND
+        return backend
+    return _load_plugin(name)
+
+
+def _load_plugin(name: str) -> Backend:
+    from fp8dispatch.backends.broken import Broken
+    from fp8dispatch.backends.contract import Backend
+
+    entry = _PLUGINS[name]
+    try:
+        backend = entry.load()
+    except Exception as error:  # noqa: BLE001  # another package's code: its error is its refusal
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        _log.warning("the backend %r of %s does not load: %s", name, entry.value, reason)
+        return Broken(name, entry.value, reason)
+    if not isinstance(backend, Backend):
+        reason = f"an object of type {type(backend).__name__}, not a Backend"
+        _log.warning("the backend %r of %s is none: %s", name, entry.value, reason)
+        return Broken(name, entry.value, reason)
     return backend

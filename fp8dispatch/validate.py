@@ -101,11 +101,11 @@ def _transposed_recipe(
     """The recipe of a weight passed as [K, N], and whether its scale is transposed as well."""
     if len(scale_shape) < 2 or scale_shape == (1, 1):
         return infer_recipe(weight_shape, scale_shape, block), False
-    readings = [
-        (recipe, flipped)
-        for flipped, shape in ((True, scale_shape[::-1]), (False, scale_shape))
-        if (recipe := _try_infer(weight_shape, shape, block)) is not None
-    ]
+    readings: list[tuple[Recipe, bool]] = []
+    for flipped, shape in ((True, scale_shape[::-1]), (False, scale_shape)):  # Dynamo reads this
+        recipe = _try_infer(weight_shape, shape, block)
+        if recipe is not None:
+            readings.append((recipe, flipped))
     if len(readings) == 2:
         n, k = weight_shape
         raise AmbiguousRecipeError(

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import random
+import tempfile
 import zlib
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 # can import triton. Torch itself does not import it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Verdicts of the tests' own backends must not reach the user's cache; workers inherit the folder.
+os.environ.setdefault("FP8DISPATCH_CACHE_DIR", tempfile.mkdtemp(prefix="fp8dispatch-tests-"))
 
 # Each worker of pytest-xdist would otherwise start as many threads as the machine has cores.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

@@ -17,6 +17,9 @@ from fp8dispatch.errors import BackendUnavailableError
 from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR, Granularity, Recipe
 from tests import oracle
 
+SHIPPED = ("cublaslt", "triton", "eager")
+"""Backends that need nothing but torch and triton, and so run on every GPU of the tests."""
+
 RECIPES: dict[str, Recipe] = {
     "tensor": TENSOR,
     "row": ROW,

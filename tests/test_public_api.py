@@ -20,6 +20,7 @@ import fp8dispatch
 NAMES = [
     "Accuracy",
     "AmbiguousRecipeError",
+    "Assessment",
     "BackendUnavailableError",
     "ConfigurationError",
     "ConversionReport",
@@ -40,8 +41,10 @@ NAMES = [
     "Refusal",
     "ScaleValueError",
     "ShapeError",
+    "Standing",
     "UnknownBackendError",
     "UnsupportedTransformError",
+    "WarmedLayer",
     "__version__",
     "act_quant",
     "convert_model",
@@ -55,8 +58,12 @@ NAMES = [
     "invalidate",
     "quantize",
     "reload_environment",
+    "set_backend",
+    "stats",
+    "use_backend",
     "w8a8_block_fp8_matmul",
     "w8a8_block_fp8_matmul_triton",
+    "warmup",
     "weight_dequant",
 ]
 

@@ -5,6 +5,7 @@ A decision reads plain data alone, so every machine in the world is a dataclass 
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import fp8dispatch
-from fp8dispatch import execute, explain, fp8_linear, policy, registry
+from fp8dispatch import explain, fp8_linear, policy, registry, routes
 from fp8dispatch.backends.cublaslt import CuBlasLt
 from fp8dispatch.backends.eager import Eager
 from fp8dispatch.backends.triton import Triton
@@ -28,7 +29,7 @@ from fp8dispatch.machine import Machine
 from fp8dispatch.policy import Policy
 from fp8dispatch.problem import Accuracy, LinearProblem
 from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR, Granularity, Recipe
-from fp8dispatch.router import Decision, select
+from fp8dispatch.router import Decision, Standing, select
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,8 +73,12 @@ def having(machine: Machine, **versions: str) -> Machine:
 
 def route(problem: LinearProblem, machine: Machine, allowed: Policy = ANYTHING) -> Decision:
     """The decision of the real backends in their real order."""
-    names = registry.default_order(machine.device_type)
-    return select(problem, machine, allowed, names, registry.load)
+    names, source = routes.order_for(problem, machine, registry.NAMES)
+    return select(problem, machine, allowed, names, registry.load, route=source)
+
+
+def order_of(decision: Decision) -> tuple[str, ...]:
+    return tuple(one.backend for one in decision.assessments)
 
 
 @pytest.fixture
@@ -91,15 +96,16 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
     [
         (H100, BLOCK, "cublaslt"),
         (H100, GROUPS, "cublaslt"),
-        (H100, ROWS, "cublaslt"),
+        (H100, ROWS, "triton"),
+        (H100, rows(m=65), "cublaslt"),
         (H100, ONE_SCALE, "cublaslt"),
         (H100, replace(STATIC, out_dtype="float32"), "cublaslt"),
         (H100, blocks(out_dtype="float32"), "cublaslt"),
-        (H100, blocks(m=1), "cublaslt"),
+        (H100, blocks(m=1), "triton"),
         (H100, blocks(n=4095), "triton"),
         (H100, blocks(weight_dtype=FNUZ), "triton"),
         (having(H100, cuda="12.8"), BLOCK, "triton"),
-        (having(H100, cuda="12.8"), ROWS, "cublaslt"),
+        (having(H100, cuda="12.8"), rows(m=65), "cublaslt"),
         (having(H100, torch="2.9.1"), ROWS, "triton"),
         (without(H100, "triton"), BLOCK, "cublaslt"),
         (without(H100, "triton"), blocks(k=7000), "eager"),
@@ -121,16 +127,9 @@ def test_default_route(machine: Machine, problem: LinearProblem, chosen: str) ->
 
     assert decision.backend == chosen
     assert decision.decided_by == "default"
-    tried = [name for name, _ in decision.refusals]
-    assert (*tried, chosen, *decision.not_tried) == registry.default_order(machine.device_type)
-    assert all(reasons for _, reasons in decision.refusals)
-
-
-def test_order_on_a_gpu_ends_with_eager_and_elsewhere_begins_with_it() -> None:
-    assert registry.NAMES == ("cublaslt", "triton", "eager")
-    assert registry.default_order("cuda") == ("cublaslt", "triton", "eager")
-    for device_type in ("cpu", "mps", "xpu", "meta"):
-        assert registry.default_order(device_type) == ("eager", "cublaslt", "triton")
+    assert sorted(order_of(decision)) == sorted(registry.NAMES), "every backend was asked"
+    asked_first = order_of(decision)[: order_of(decision).index(chosen)]
+    assert set(asked_first) <= {name for name, _ in decision.refusals}
 
 
 def told(refusals: tuple[Refusal, ...]) -> list[str]:
@@ -272,7 +271,9 @@ def test_machine_that_cannot_run_a_backend_is_told_without_demands_on_the_call()
 def test_policy_orders_and_excludes(allowed: Policy, chosen: str, rest: tuple[str, ...]) -> None:
     decision = route(ROWS, H100, allowed)
 
-    assert (decision.backend, decision.not_tried, decision.refusals) == (chosen, rest, ())
+    assert decision.backend == chosen
+    assert decision.others == rest
+    assert set(order_of(decision)).isdisjoint(allowed.excluded)
 
 
 def test_excluding_everything_is_told() -> None:
@@ -283,18 +284,57 @@ def test_excluding_everything_is_told() -> None:
 def test_decision_explains_itself() -> None:
     decision = route(blocks(static_activation=True, has_bias=False), B200)
 
-    assert str(decision).splitlines() == [
+    lines = str(decision).splitlines()
+    assert lines[:2] == [
         "triton runs M=17 N=4096 K=7168, block 128x128, float8_e4m3fn weight, bfloat16 output, "
         "static activations on NVIDIA B200 (capability 10.0) (default)",
-        "  cublaslt needs capability 9.0 for block scales, found NVIDIA B200 (capability 10.0)",
-        "  not needed: eager",
+        "  order: default",
     ]
+    refused = (
+        "  cublaslt needs capability 9.0 for block scales, found NVIDIA B200 (capability 10.0)"
+    )
+    assert refused in lines
+    assert lines[-1] == "  would run it too: eager"
+
+
+def test_decision_is_plain_data_that_json_keeps() -> None:
+    decision = route(BLOCK, B200)
+
+    kept = json.loads(decision.as_json())
+
+    assert kept == decision.as_dict()
+    assert kept["backend"] == "triton"
+    assert kept["problem"]["recipe"] == {"granularity": "block", "block_size": [128, 128]}
+    sentences = [r["sentence"] for one in kept["assessments"] for r in one["refusals"]]
+    assert any(sentence.startswith("cublaslt needs capability 9.0") for sentence in sentences)
+
+
+def test_a_backend_with_wrong_numbers_is_refused_and_the_next_one_runs() -> None:
+    asked: list[str] = []
+
+    def judge(name: str) -> Standing:
+        asked.append(name)
+        right = name != "cublaslt"
+        return Standing("right" if right else "wrong", "the canary says so", usable=right)
+
+    names, _ = routes.order_for(BLOCK, H100, registry.NAMES)
+    decision = select(BLOCK, H100, ANYTHING, names, registry.load, judge)
+
+    assert decision.backend == "triton"
+    assert asked == ["cublaslt", "triton"], "nobody else was about to be chosen"
+    assert decision.standing == Standing("right", "the canary says so", usable=True)
+    (refusal,) = dict(decision.refusals)["cublaslt"]
+    assert str(refusal) == (
+        "needs right numbers on this machine, found wrong ones: the canary says so"
+    )
+    with pytest.raises(BackendUnavailableError, match="wrong ones: the canary says so"):
+        select(BLOCK, H100, Policy(("cublaslt",)), names, registry.load, judge)
 
 
 @pytest.mark.parametrize(
     ("variable", "value", "words"),
     [
-        ("BACKEND", "deepgem", "'deepgem' cannot be read, .* cublaslt, triton, eager, found"),
+        ("BACKEND", "deepgem", "'deepgem' cannot be read, .* cublaslt, .*triton, .*eager, found"),
         ("BACKEND", "EAGER", "found 'EAGER'"),
         ("BACKEND", "eager,", "found ''"),
         ("BACKEND", "-", "found '-'"),
@@ -332,9 +372,8 @@ def test_argument_is_heard_before_the_environment(environment: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("value", "order"),
     [
-        ("", ("eager", "cublaslt", "triton")),
-        ("-cublaslt", ("eager", "triton")),
-        ("-cublaslt,-triton", ("eager",)),
+        ("", ("eager", *(name for name in registry.NAMES if name != "eager"))),
+        ("-cublaslt,-triton", tuple(n for n in registry.NAMES if n not in ("cublaslt", "triton"))),
         (" cublaslt , eager ", ("cublaslt", "eager")),
         ("eager,triton,-triton", ("eager",)),
     ],
@@ -346,8 +385,7 @@ def test_environment_orders_and_excludes(
 
     decision = explain(X, W, SCALE)
 
-    tried = [name for name, _ in decision.refusals]
-    assert (*tried, decision.backend, *decision.not_tried) == order
+    assert sorted(order_of(decision)) == sorted(order)
     assert decision.backend == "eager"
 
 
@@ -361,36 +399,9 @@ def test_accuracy_of_the_environment_reaches_the_problem(environment: pytest.Mon
     assert explain(X, W, SCALE, backend="eager").problem.accuracy is Accuracy.FAST
 
 
-def test_decision_is_made_once_for_calls_that_are_alike(
-    environment: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[int] = []
-
-    def counting(problem: LinearProblem, *rest: Any) -> Decision:
-        seen.append(problem.m)
-        return select(problem, *rest)
-
-    monkeypatch.setattr(execute, "_decisions", {})
-    monkeypatch.setattr(execute, "select", counting)
-
-    for rows in (3, 3, 5, 3, 5):
-        fp8_linear(torch.ones(rows, 8), W, SCALE)
-    fp8_linear(X, W, SCALE, backend="eager")  # another policy
-
-    assert seen == [3, 5, 3]
-
-
-def test_remembered_decisions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "_decisions", {})
-    monkeypatch.setattr(execute, "_MAX_DECISIONS", 4)
-
-    for rows in range(1, 10):
-        fp8_linear(torch.ones(rows, 8), W, SCALE)
-
-    assert 1 <= len(execute._decisions) <= 4
-
-
-@pytest.mark.parametrize("name", ["errors", "machine", "policy", "problem", "recipe", "router"])
+@pytest.mark.parametrize(
+    "name", ["errors", "machine", "policy", "problem", "recipe", "router", "routes"]
+)
 def test_core_imports_no_torch(name: str) -> None:
     code = f"import fp8dispatch.{name}, sys; print({{'torch', 'triton'}} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -50,6 +50,8 @@ class Backend(ABC):
     install_hint: ClassVar[str] = ""
     capabilities: ClassVar[tuple[tuple[int, int], ...] | None] = None
     """CUDA compute capabilities it runs on, each named; None means any device."""
+    verified_capabilities: ClassVar[tuple[tuple[int, int], ...]] = ()
+    """Where its native code has been seen to run; elsewhere its first run is in a child process."""
     recipes: ClassVar[frozenset[Granularity]] = frozenset(Granularity)
     weight_dtypes: ClassVar[frozenset[str]]
     out_dtypes: ClassVar[frozenset[str]] = frozenset({"bfloat16", "float16", "float32"})
@@ -113,6 +115,13 @@ class Backend(ABC):
     def refuse_call(self, problem: LinearProblem, machine: Machine) -> list[Refusal]:
         """Refusals that the declared data cannot express."""
         return []
+
+    def loadable(self, recipe: Recipe) -> tuple[Refusal, ...]:
+        """Import what the backend needs and say why it cannot compute a recipe; may take seconds.
+
+        Asked once `refuse_machine` and `refuse_problem` refuse nothing, and never during capture.
+        """
+        return ()
 
     def row_multiple(self, problem: LinearProblem) -> int:
         """Rows of quantised activations come padded to this multiple, with zeros of scale 1."""

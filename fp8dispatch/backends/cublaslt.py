@@ -40,6 +40,7 @@ class CuBlasLt(Backend):
     distribution = "torch"
     minimum_version = "2.10"
     capabilities = ((8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))
+    verified_capabilities = ((9, 0),)
     weight_dtypes = frozenset({"float8_e4m3fn", "float8_e5m2"})
     align_n = 16
     align_k = 16

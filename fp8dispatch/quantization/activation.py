@@ -14,6 +14,7 @@ from fp8dispatch.checks import (
     check_dtype,
     check_size,
     check_transforms,
+    is_traced,
 )
 from fp8dispatch.errors import InvalidInputError, ShapeError
 from fp8dispatch.formats import FLOAT8_DTYPES
@@ -83,7 +84,9 @@ class QuantizedActivation:
             ScaleValueError: a scale that is not finite and positive.
             UnsupportedTransformError: under torch.func.vmap or forward-mode differentiation.
         """
-        check_transforms(x, scale)
+        traced = is_traced(x, x)
+        if not traced:
+            check_transforms(x, scale)
         check_activations("x", x)
         check_choice("dtype", dtype, FLOAT8_DTYPES)
         if group_size is not None:
@@ -94,6 +97,10 @@ class QuantizedActivation:
                 f"group_size={group_size}; pass one of the two"
             )
         check_activation_scale(scale, x, "scale")
+        if traced:
+            from fp8dispatch import ops  # which imports this module
+
+            return ops.quantize(x, scale, group_size, dtype)
         k = x.shape[-1]
         group = group_size or k
         if x.is_meta:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fp8dispatch
-from fp8dispatch import policy, registry
+from fp8dispatch import policy
 from fp8dispatch.recipe import BLOCK_128
 from tests import matrix, oracle
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("recipe", matrix.RECIPES)
-@pytest.mark.parametrize("backend", registry.NAMES)
+@pytest.mark.parametrize("backend", matrix.SHIPPED)
 def test_numbers_within_bounds_or_a_refusal(backend: str, recipe: str) -> None:
     bench = matrix.Bench("cuda")
     ran = 0
@@ -40,7 +40,7 @@ def test_cublaslt_runs_its_recipes(recipe: str) -> None:
             assert bench.run(case).refusal is None, case.label
 
 
-@pytest.mark.parametrize("backend", registry.NAMES)
+@pytest.mark.parametrize("backend", matrix.SHIPPED)
 @pytest.mark.parametrize("recipe", ["tensor", "row"])
 def test_fast_accumulation_stays_within_its_own_bound(
     backend: str, recipe: str, monkeypatch: pytest.MonkeyPatch
@@ -101,7 +101,7 @@ def test_e5m2_weights_on_cublaslt(recipe: str) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("recipe", ["tensor", "row", "block128x128", "group32"])
-@pytest.mark.parametrize("backend", registry.NAMES)
+@pytest.mark.parametrize("backend", matrix.SHIPPED)
 def test_a_non_finite_row_stays_non_finite_and_alone(
     backend: str, recipe: str, static: bool, bad: float
 ) -> None:
@@ -169,7 +169,7 @@ def test_backends_agree_on_quantised_operands() -> None:
             oracle.dequantized_activations(x, chosen),
             oracle.dequantized_weight(weight, scale, chosen),
         )
-        for backend in registry.NAMES:
+        for backend in matrix.SHIPPED:
             out = fp8dispatch.fp8_linear_quantized(quantized, weight, scale, backend=backend)
             assert out.shape == (5, 27, 272)
             oracle.assert_matches(out, expected, label=f"{backend} {recipe}")
@@ -179,7 +179,7 @@ def test_backends_agree_on_quantised_operands() -> None:
 def test_a_second_call_does_not_synchronise() -> None:
     weight, scale = oracle.make_weight(256, 512, BLOCK_128, device="cuda")
     x = torch.randn(16, 512, device="cuda", dtype=torch.bfloat16)
-    for backend in registry.NAMES:
+    for backend in matrix.SHIPPED:
         fp8dispatch.fp8_linear(x, weight, scale, backend=backend)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -191,7 +191,7 @@ def test_a_second_call_does_not_synchronise() -> None:
 def test_side_streams_and_graphs_give_the_same_numbers() -> None:
     weight, scale = oracle.make_weight(256, 512, BLOCK_128, device="cuda")
     x = torch.randn(130, 512, device="cuda", dtype=torch.bfloat16)
-    for backend in registry.NAMES:
+    for backend in matrix.SHIPPED:
         expected = fp8dispatch.fp8_linear(x, weight, scale, backend=backend)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -209,7 +209,7 @@ def test_side_streams_and_graphs_give_the_same_numbers() -> None:
         assert torch.equal(captured, expected), backend
 
 
-@pytest.mark.parametrize("backend", registry.NAMES)
+@pytest.mark.parametrize("backend", matrix.SHIPPED)
 def test_a_graph_captured_before_any_call_leaves_no_unfinished_layout(backend: str) -> None:
     """What is prepared during capture is computed at replay only, so it must not be kept."""
     warm_weight, warm_scale = oracle.make_weight(256, 512, BLOCK_128, device="cuda")

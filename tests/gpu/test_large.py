@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import fp8dispatch
-from fp8dispatch import registry
 from fp8dispatch.recipe import BLOCK_128, ROW, Recipe
-from tests import oracle
+from tests import matrix, oracle
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,7 +20,7 @@ pytestmark = [
 ]
 
 recipes = pytest.mark.parametrize("recipe", [ROW, BLOCK_128], ids=str)
-backends = pytest.mark.parametrize("backend", [n for n in registry.NAMES if n != "eager"])
+backends = pytest.mark.parametrize("backend", [n for n in matrix.SHIPPED if n != "eager"])
 
 
 @pytest.mark.parametrize(

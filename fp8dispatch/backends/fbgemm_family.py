@@ -1,0 +1,260 @@
+"""What FBGEMM's GenAI kernels and MSLK, their successor under another name, have in common.
+
+Both hold the same CUTLASS kernels under the same signatures, in another operator namespace. Read
+in their sources (fbgemm_gpu/experimental/gen_ai/src/quantize/cutlass_extensions at v1.6.0) and
+wheels, and run on an H200:
+
+* ``f8f8bf16_rowwise(xq, wq, x_scale, w_scale, bias, use_fast_accum)``: contiguous e4m3fn, M and N
+  fp32 multipliers (their number is not checked), bias bf16 or fp32 added in fp32. K a multiple of
+  16, N of 8. Kernels for capability 9.0 and 10.0; any other GPU is given the 9.0 kernel.
+* ``f8f8bf16_groupwise(xq, wq, x_scale, w_scale)``: the recipe of 1x128 activation groups and
+  128x128 weight blocks. Scales are [K / 128, M] and [K / 128, ceil(N / 128)], both contiguous. It
+  checks neither shapes nor strides nor dtypes, and with M not a multiple of 4 the CUDA context is
+  lost, so M is padded always and every operand is checked here. Capability 9.0 only: elsewhere
+  the kernel prints a line and returns without computing.
+* ``f8f8bf16_blockwise`` scales activations in 128x128 tiles. That is another recipe, with other
+  numbers; it is never put in the place of 1x128 groups, and is not offered here.
+
+Each release loads with one torch minor and declares none. Importing both libraries into a process
+registers some operators twice, so whichever loads second is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import ClassVar
+
+import torch
+
+from fp8dispatch.backends.contract import Weight
+from fp8dispatch.backends.library import (
+    GROUP,
+    LibraryBackend,
+    aligned,
+    group_scales,
+    on_device,
+    padded_rows,
+    refuse_block,
+    refuse_operands,
+    row_scales,
+)
+from fp8dispatch.errors import Refusal
+from fp8dispatch.machine import Machine
+from fp8dispatch.prepare import prepared
+from fp8dispatch.probes.packages import install_hint, paired_torch
+from fp8dispatch.problem import Accuracy, LinearProblem
+from fp8dispatch.quantization.activation import QuantizedActivation
+from fp8dispatch.recipe import Granularity, Recipe, ceil_div
+
+ROWWISE, GROUPWISE = "f8f8bf16_rowwise", "f8f8bf16_groupwise"
+_HOPPER = (9, 0)
+_BLACKWELL = (10, 0)
+_M_ALIGN = 4  # x_scale of groupwise is read by bulk copies of 16 bytes along M
+
+
+class FbgemmFamily(LibraryBackend):
+    """FP8 GEMMs of one of the two libraries."""
+
+    capabilities = (_HOPPER, _BLACKWELL)
+    accuracies = frozenset({Accuracy.EXACT, Accuracy.FAST})
+    align_n = 8
+    align_k = 16
+    namespace: ClassVar[str]
+    """Of the operators: ``torch.ops.<namespace>``."""
+    other_namespace: ClassVar[str]
+    """Of the library that must not be in the process as well."""
+    module: ClassVar[str]
+    """Whose import registers the operators."""
+    distributions: ClassVar[tuple[str, ...]]
+    """Names that carry the kernels; the first is the one to install."""
+    lookalikes: ClassVar[Mapping[str, str]] = {}
+    """Distributions that only sound right -> why they do not do."""
+    first_release: ClassVar[tuple[int, int]]
+    block_since: ClassVar[tuple[int, int]]
+    """First release whose block kernel is right."""
+    blackwell_since: ClassVar[tuple[int, int]]
+    """First release whose wheels all hold code for capability 10.0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ops: dict[str, Callable[..., torch.Tensor]] = {}
+
+    def refuse_machine(self, machine: Machine) -> tuple[Refusal, ...]:
+        return (*self._refuse_installation(machine), *self._refuse_device(machine))
+
+    def refuse_call(self, problem: LinearProblem, machine: Machine) -> list[Refusal]:
+        refusals = refuse_operands(problem, contiguous=True)
+        if problem.recipe.granularity is Granularity.BLOCK:
+            refusals += refuse_block(problem)
+            refusals += _refuse_group_columns(problem)
+            if machine.capability != _HOPPER:
+                need = "capability 9.0 for block scales (elsewhere they return uncomputed)"
+                refusals.append(Refusal("capability", need, str(machine)))
+            refusals += self._refuse_older(machine, self.block_since, "for right block scales")
+        elif machine.capability == _BLACKWELL:
+            refusals += self._refuse_older(machine, self.blackwell_since, "for capability 10.0")
+        return refusals
+
+    def row_multiple(self, problem: LinearProblem) -> int:
+        return _M_ALIGN if problem.recipe.granularity is Granularity.BLOCK else 1
+
+    def matmul(
+        self,
+        x: QuantizedActivation,
+        weight: Weight,
+        bias: torch.Tensor | None,
+        problem: LinearProblem,
+    ) -> torch.Tensor:
+        self.require(weight.recipe)
+        with on_device(weight.data):
+            if weight.recipe.granularity is Granularity.BLOCK:
+                return self._groupwise(x, weight, problem)
+            return self._rowwise(x, weight, bias, problem)
+
+    def _rowwise(
+        self,
+        x: QuantizedActivation,
+        weight: Weight,
+        bias: torch.Tensor | None,
+        problem: LinearProblem,
+    ) -> torch.Tensor:
+        m, n = problem.m, problem.n
+        spread = prepared(
+            weight.scale_source,
+            ("fbgemm", "row", n),
+            lambda: weight.scale.reshape(-1).expand(n).clone(),
+        )
+        if bias is not None:
+            bias = aligned(bias if bias.dtype == torch.bfloat16 else bias.to(torch.float32))
+        data, x_scale = aligned(x.data[:m]), row_scales(x.scale, m)
+        _check_operand("activations", data, (m, problem.k), torch.float8_e4m3fn)
+        _check_operand("activation scales", x_scale, (m,), torch.float32)
+        _check_operand("weight scales", spread, (n,), torch.float32)
+        fast = problem.accuracy is Accuracy.FAST
+        return self._ops[ROWWISE](data, weight.data, x_scale, spread, bias, fast)
+
+    def _groupwise(
+        self, x: QuantizedActivation, weight: Weight, problem: LinearProblem
+    ) -> torch.Tensor:
+        rows = ceil_div(problem.m, _M_ALIGN) * _M_ALIGN
+        groups, blocks = problem.k // GROUP, ceil_div(problem.n, GROUP)
+        weight_scale = prepared(
+            weight.scale_source,
+            ("fbgemm", "block"),
+            lambda: weight.scale.t().clone(memory_format=torch.contiguous_format),
+        )
+        data, x_scale = padded_rows(x.data, rows), group_scales(x.scale, rows, groups)
+        # Whatever is wrong here would be computed all the same, or end the CUDA context.
+        _check_operand("activations", data, (rows, groups * GROUP), torch.float8_e4m3fn)
+        _check_operand("weight", weight.data, (problem.n, groups * GROUP), torch.float8_e4m3fn)
+        _check_operand("activation scales", x_scale, (groups, rows), torch.float32)
+        _check_operand("weight scales", weight_scale, (groups, blocks), torch.float32)
+        out = self._ops[GROUPWISE](data, weight.data, x_scale, weight_scale)
+        return out[: problem.m]
+
+    def _load(self) -> tuple[Refusal, ...]:
+        if _has_operator(self.other_namespace, ROWWISE):
+            return (
+                Refusal(
+                    "loaded",
+                    f"a process without torch.ops.{self.other_namespace} (both libraries "
+                    f"register the same operators)",
+                    f"torch.ops.{self.other_namespace}.{ROWWISE}",
+                ),
+            )
+        import_module(self.module)
+        for name in (ROWWISE, GROUPWISE):
+            if _has_cuda_kernel(self.namespace, name):
+                self._ops[name] = getattr(getattr(torch.ops, self.namespace), name).default
+        return ()
+
+    def _refuse_entry(self, recipe: Recipe) -> tuple[Refusal, ...]:
+        name = GROUPWISE if recipe.granularity is Granularity.BLOCK else ROWWISE
+        if name in self._ops:
+            return ()
+        need = f"a CUDA kernel of torch.ops.{self.namespace}.{name}"
+        return (Refusal("operator", need, f"none after importing {self.module}"),)
+
+    def _installed(self, machine: Machine) -> str | None:
+        """The distribution that carries the kernels; PyPI's empty 0.0.0 carries nothing."""
+        for name in self.distributions:
+            if name in machine.versions and machine.release(name) != (0, 0, 0):
+                return name
+        return None
+
+    def _refuse_installation(self, machine: Machine) -> tuple[Refusal, ...]:
+        torch_text = machine.versions.get("torch", "")
+        first = self.distributions[0]
+        wanted = f"{first} ({install_hint(first, torch_text)})"
+        name = self._installed(machine)
+        if name is None:
+            for other, reason in self.lookalikes.items():
+                if other in machine.versions:
+                    found = f"only {other} {machine.versions[other]}, {reason}"
+                    return (Refusal("distribution", wanted, found),)
+            return (Refusal("version", wanted, "none"),)
+        text, release = machine.versions[name], machine.release(name)
+        if release is None:
+            return (Refusal("version", f"a readable version of {name}", text),)
+        if release < self.first_release:
+            return (Refusal("version", wanted, f"{name} {text}"),)
+        # Nobody has written down which torch a nightly or a later release was built with: loading
+        # it tells.
+        paired, torch_release = paired_torch(name, text), machine.release("torch")
+        if paired is None or torch_release is None:
+            return ()
+        if paired == f"{torch_release[0]}.{torch_release[1]}":
+            return ()
+        need = f"torch {paired}, the one that {name} {text} loads with, or {wanted}"
+        return (Refusal("torch", need, f"torch {torch_text}"),)
+
+    def _refuse_device(self, machine: Machine) -> tuple[Refusal, ...]:
+        if machine.is_rocm:
+            need = "an NVIDIA GPU (its ROCm builds are other kernels)"
+            return (Refusal("rocm", need, f"ROCm on {machine}"),)
+        if machine.capability in self.capabilities:
+            return ()
+        need = "a CUDA device of capability 9.0 or 10.0"
+        if machine.is_consumer:
+            need += " (consumer chips are given the kernels of 9.0, which do not run there)"
+        return (Refusal("capability", need, str(machine)),)
+
+    def _refuse_older(
+        self, machine: Machine, since: tuple[int, int], why: str
+    ) -> tuple[Refusal, ...]:
+        """A release before `since`; a nightly's date says nothing, so its numbers must tell."""
+        name = self._installed(machine)
+        release = None if name is None else machine.release(name)
+        if name is None or release is None or release >= since:
+            return ()
+        need = f"{name} >= {since[0]}.{since[1]} {why}"
+        return (Refusal("version", need, f"{name} {machine.versions[name]}"),)
+
+
+def _refuse_group_columns(problem: LinearProblem) -> tuple[Refusal, ...]:
+    if problem.k % GROUP == 0:
+        return ()
+    need = f"K a multiple of {GROUP} with block scales"
+    return (Refusal("align-k", need, f"K={problem.k}"),)
+
+
+def _check_operand(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise RuntimeError(
+            f"the {name} must be contiguous {list(shape)} {dtype}, found {list(tensor.shape)} "
+            f"{tensor.dtype} with strides {list(tensor.stride())}; this is a bug of fp8dispatch"
+        )
+
+
+def _has_operator(namespace: str, name: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel(f"{namespace}::{name}"))
+
+
+def _has_cuda_kernel(namespace: str, name: str) -> bool:
+    """A kernel, not only a schema, which attribute access alone would be content with."""
+    return _has_operator(namespace, name) and bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", "CUDA")
+    )

@@ -1,0 +1,358 @@
+"""What torch.compile, torch.export and fake tensors see of a call: opaque operators.
+
+| operator (``torch.ops.fp8dispatch``) | computes                                                 |
+|--------------------------------------|----------------------------------------------------------|
+| ``linear``                           | `fp8_linear`                                             |
+| ``linear_quantized``                 | `fp8_linear_quantized`                                   |
+| ``linear_grad_input``                | the gradient of X                                        |
+| ``quantize_activation``              | ``QuantizedActivation.from_tensor``                      |
+| ``frozen_gradient``                  | nothing: it raises when a backward pass runs it          |
+
+An operator checks its arguments as the eager call does, and reads scale values and chooses a
+backend when it runs, on real sizes: the graph holds no decision and needs no guard on M. Of what
+states a policy only the argument ``backend=`` is part of the graph. The rest is read at each run,
+by the thread that runs it; what a backward pass recomputes is run by the thread of that pass. A
+CUDA graph replays what was chosen when it was captured.
+
+Eager calls do not come here: the dispatcher of torch.library costs more than all of the front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.library import Library, register_autograd, register_fake, register_vmap
+
+from fp8dispatch import autograd, execute, policy, registry
+from fp8dispatch.checks import (
+    VMAP_REFUSED,
+    check_activation_scale,
+    check_activations,
+    check_bias,
+    check_choice,
+    check_device,
+    check_size,
+)
+from fp8dispatch.errors import ShapeError, UnsupportedTransformError
+from fp8dispatch.execute import LinearCall
+from fp8dispatch.formats import ACTIVATION_DTYPES, FLOAT8_DTYPES
+from fp8dispatch.prepare import activation_scale_fp32, weight_scale_fp32
+from fp8dispatch.quantization.activation import QuantizedActivation, quantize_activation
+from fp8dispatch.recipe import ceil_div
+from fp8dispatch.validate import Operands, check_operands, check_quantized
+
+_WEIGHT = "Tensor weight, Tensor weight_scale"
+_RECIPE = "int block_n, int block_k"
+_LIBRARY = Library("fp8dispatch", "DEF")  # type: ignore[no-untyped-call]
+for _schema in (
+    f"linear(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? activation_scale, {_RECIPE}, "
+    f"ScalarType out_dtype, str backend) -> Tensor",
+    f"linear_quantized(Tensor data, Tensor scale, {_WEIGHT}, Tensor? bias, {_RECIPE}, "
+    f"ScalarType out_dtype, str backend) -> Tensor",
+    f"linear_grad_input(Tensor grad, {_WEIGHT}, SymInt k, {_RECIPE}, ScalarType dtype) -> Tensor",
+    "quantize_activation(Tensor x, Tensor? scale, int group_size, ScalarType dtype) "
+    "-> (Tensor, Tensor)",
+    "frozen_gradient(Tensor frozen, Tensor grad, str name) -> Tensor",
+):
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+"""``block_n = block_k = 0`` means a recipe without blocks, ``backend = ""`` any backend."""
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation_scale: torch.Tensor | None,
+    operands: Operands,
+    out_dtype: torch.dtype,
+    backend: str | None,
+) -> torch.Tensor:
+    """Record a checked call of `fp8_linear`."""
+    block = operands.recipe.block_size or (0, 0)
+    out: torch.Tensor = torch.ops.fp8dispatch.linear.default(
+        x, weight, weight_scale, bias, activation_scale, *block, out_dtype, backend or ""
+    )
+    return out
+
+
+def linear_quantized(
+    x: QuantizedActivation,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    operands: Operands,
+    out_dtype: torch.dtype,
+    backend: str | None,
+) -> torch.Tensor:
+    """Record a checked call of `fp8_linear_quantized`."""
+    block = operands.recipe.block_size or (0, 0)
+    out: torch.Tensor = torch.ops.fp8dispatch.linear_quantized.default(
+        x.data, x.scale, weight, weight_scale, bias, *block, out_dtype, backend or ""
+    )
+    return out
+
+
+def quantize(
+    x: torch.Tensor, scale: torch.Tensor | None, group_size: int | None, dtype: torch.dtype
+) -> QuantizedActivation:
+    """Record a checked call of ``QuantizedActivation.from_tensor``."""
+    with torch.no_grad():
+        data, scales = torch.ops.fp8dispatch.quantize_activation.default(
+            x, scale, group_size or 0, dtype
+        )
+    return QuantizedActivation(data, scales)
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    block_n: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Operands:
+    """What the linear operators check alike; `x` is the activations or their quantised data.
+
+    Raises:
+        InvalidInputError, UnknownBackendError: what is wrong, in a sentence.
+    """
+    operands = check_operands(weight, weight_scale, x.shape[-1], _stated(block_n, block_k))
+    check_device("X", x, weight)
+    check_bias(bias, operands.weight.shape[0], weight)
+    check_choice("out_dtype", out_dtype, ACTIVATION_DTYPES)
+    policy.check_backend(backend or None, registry.NAMES)
+    return operands
+
+
+def _stated(block_n: int, block_k: int) -> tuple[int, int] | None:
+    return (block_n, block_k) if (block_n, block_k) != (0, 0) else None
+
+
+def _run(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation_scale: torch.Tensor | None,
+    operands: Operands,
+    out_dtype: torch.dtype,
+    backend: str,
+    quantized: QuantizedActivation | None = None,
+) -> torch.Tensor:
+    call = LinearCall(
+        operands.recipe,
+        operands.transposed,
+        operands.scale is not weight_scale,
+        out_dtype,
+        policy.resolve(backend or None, registry.NAMES),
+        quantized,
+    )
+    with _without_autocast(x):
+        out = execute.forward(x, weight, weight_scale, bias, activation_scale, call)
+    return out.contiguous()  # which the fake promises; a copy only after a backend that pads N
+
+
+def _without_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    # An exported graph may run under autocast, which would change sums that are stated as fp32.
+    device_type = tensor.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _empty_output(x: torch.Tensor, operands: Operands, dtype: torch.dtype) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], operands.weight.shape[0]), dtype=dtype)
+
+
+def _check_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation_scale: torch.Tensor | None,
+    *stated: Any,
+) -> Operands:
+    check_activations("X", x)
+    operands = _check(x, weight, weight_scale, bias, *stated)
+    check_activation_scale(activation_scale, weight)
+    return operands
+
+
+def _linear(*arguments: Any) -> torch.Tensor:
+    operands = _check_linear(*arguments)
+    x, weight, weight_scale, bias, activation_scale, _, _, out_dtype, backend = arguments
+    return _run(x, weight, weight_scale, bias, activation_scale, operands, out_dtype, backend)
+
+
+def _linear_fake(*arguments: Any) -> torch.Tensor:
+    return _empty_output(arguments[0], _check_linear(*arguments), arguments[-2])
+
+
+def _check_linear_quantized(
+    data: torch.Tensor, scale: torch.Tensor, *others: Any
+) -> tuple[Operands, QuantizedActivation]:
+    operands = _check(data, *others)
+    return operands, check_quantized(QuantizedActivation(data, scale), operands)
+
+
+def _linear_quantized(*arguments: Any) -> torch.Tensor:
+    operands, quantized = _check_linear_quantized(*arguments)
+    data, _, weight, weight_scale, bias, _, _, out_dtype, backend = arguments
+    return _run(
+        data, weight, weight_scale, bias, None, operands, out_dtype, backend, quantized=quantized
+    )
+
+
+def _linear_quantized_fake(*arguments: Any) -> torch.Tensor:
+    operands, _ = _check_linear_quantized(*arguments)
+    return _empty_output(arguments[0], operands, arguments[-2])
+
+
+def _check_linear_grad_input(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    k: int,
+    block_n: int,
+    block_k: int,
+    dtype: torch.dtype,
+) -> Operands:
+    check_activations("grad", grad)
+    operands = check_operands(weight, weight_scale, k, _stated(block_n, block_k))
+    check_device("grad", grad, weight)
+    check_choice("dtype", dtype, ACTIVATION_DTYPES)
+    n = operands.weight.shape[0]
+    if grad.shape[-1] != n:
+        raise ShapeError(f"grad must be [..., {n}] as the output is, found {list(grad.shape)}")
+    return operands
+
+
+def _linear_grad_input(grad: torch.Tensor, *others: Any) -> torch.Tensor:
+    operands = _check_linear_grad_input(grad, *others)
+    n, k = operands.weight.shape
+    scale = weight_scale_fp32(operands.scale, operands.recipe, n, k)
+    with _without_autocast(grad):
+        out = autograd.grad_input(grad.reshape(-1, n), operands.weight, scale, operands.recipe)
+    return out.to(others[-1]).view(*grad.shape[:-1], k)
+
+
+def _linear_grad_input_fake(grad: torch.Tensor, *others: Any) -> torch.Tensor:
+    k = _check_linear_grad_input(grad, *others).weight.shape[1]
+    return grad.new_empty((*grad.shape[:-1], k), dtype=others[-1])
+
+
+def _quantize_activation(
+    x: torch.Tensor, scale: torch.Tensor | None, group_size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_quantize_activation(x, scale, group_size, dtype)
+    k = x.shape[-1]
+    static = None if scale is None else activation_scale_fp32(scale)
+    with _without_autocast(x):
+        flat = quantize_activation(x.reshape(-1, k), group_size or k, dtype, static)
+    # The decoded static scale is remembered with its source, and a graph owns what it is given.
+    scales = flat.scale if static is None else flat.scale.clone()
+    return flat.data.contiguous().view(x.shape), scales
+
+
+def _quantize_activation_fake(
+    x: torch.Tensor, scale: torch.Tensor | None, group_size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_quantize_activation(x, scale, group_size, dtype)
+    k = x.shape[-1]
+    grid = (ceil_div(k, group_size or k), x.numel() // k) if scale is None else (1, 1)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(grid, dtype=torch.float32).t()
+
+
+def _check_quantize_activation(
+    x: torch.Tensor, scale: torch.Tensor | None, group_size: int, dtype: torch.dtype
+) -> None:
+    check_activations("x", x)
+    check_choice("dtype", dtype, FLOAT8_DTYPES)
+    check_activation_scale(scale, x, "scale")
+    if group_size:  # 0 is one scale per token
+        check_size("group_size", group_size)
+
+
+def _frozen_gradient(frozen: torch.Tensor, grad: torch.Tensor, name: str) -> torch.Tensor:
+    raise autograd.frozen(name)
+
+
+def _frozen_gradient_fake(frozen: torch.Tensor, grad: torch.Tensor, name: str) -> torch.Tensor:
+    return torch.empty_like(frozen)
+
+
+def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    raise UnsupportedTransformError(VMAP_REFUSED)
+
+
+def _register(name: str, compute: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    register_fake(f"fp8dispatch::{name}", fake, lib=_LIBRARY)
+    register_vmap(f"fp8dispatch::{name}", _refuse_vmap, lib=_LIBRARY)
+
+
+def _register_gradients(name: str, tensors: tuple[str, ...]) -> None:
+    """Gradients of X and the bias; a gradient asked of another of the `tensors` raises.
+
+    It raises when the backward pass runs, as it does without a compiler: tracing a forward
+    pass over Parameters, which require gradients by default, must not mind.
+    """
+    bias = tensors.index("bias")
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.block = inputs[len(tensors) : len(tensors) + 2]
+        ctx.k, ctx.x_dtype = inputs[0].shape[-1], inputs[0].dtype
+        ctx.bias_dtype = None if inputs[bias] is None else inputs[bias].dtype
+        needed = list(ctx.needs_input_grad[: len(tensors)])
+        needed[bias] = False
+        if tensors[0] == "X":
+            needed[1] |= needed[0]
+            needed[2] |= needed[0]
+            needed[0] = False
+        ctx.save_for_backward(
+            *(tensor if needs else None for tensor, needs in zip(inputs, needed, strict=False))
+        )
+
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        operators = torch.ops.fp8dispatch
+        grads: list[torch.Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for index, name in enumerate(tensors):
+            if not ctx.needs_input_grad[index]:
+                continue
+            if name == "bias":
+                grads[index] = autograd.bias_gradient(grad, ctx.bias_dtype)
+            elif name == "X":
+                _, weight, weight_scale, *_ = ctx.saved_tensors
+                grads[index] = operators.linear_grad_input.default(
+                    grad, weight, weight_scale, ctx.k, *ctx.block, ctx.x_dtype
+                )
+            else:
+                grads[index] = operators.frozen_gradient.default(
+                    ctx.saved_tensors[index], grad, name
+                )
+        return tuple(grads)
+
+    register_autograd(f"fp8dispatch::{name}", backward, setup_context=save, lib=_LIBRARY)
+
+
+def _no_second_gradient(ctx: Any, grad: torch.Tensor) -> Any:
+    raise UnsupportedTransformError(
+        "the gradient of fp8_linear has no gradient, found create_graph=True or transforms inside "
+        "each other; differentiate once"
+    )
+
+
+_register("linear", _linear, _linear_fake)
+_register("linear_quantized", _linear_quantized, _linear_quantized_fake)
+_register("linear_grad_input", _linear_grad_input, _linear_grad_input_fake)
+_register("quantize_activation", _quantize_activation, _quantize_activation_fake)
+_register("frozen_gradient", _frozen_gradient, _frozen_gradient_fake)
+_register_gradients("linear", ("X", "weight", "weight_scale", "bias", "activation_scale"))
+_register_gradients("linear_quantized", ("X.data", "X.scale", "weight", "weight_scale", "bias"))
+register_autograd("fp8dispatch::linear_grad_input", _no_second_gradient, lib=_LIBRARY)

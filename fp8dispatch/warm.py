@@ -1,0 +1,108 @@
+"""`warmup`: everything that a first call would do, done ahead of time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch import nn
+
+from fp8dispatch.checks import check_choice, check_size
+from fp8dispatch.errors import DTypeError, InvalidInputError
+from fp8dispatch.formats import ACTIVATION_DTYPES
+from fp8dispatch.modules import FP8Linear
+from fp8dispatch.prepare import prepared_bytes
+
+
+@dataclass(frozen=True)
+class WarmedLayer:
+    """What warming one layer did.
+
+    Attributes:
+        name: the layer's name in the model.
+        backends: tokens -> the backend that calls of this size take.
+        seconds: how long it took: probing, compiling, preparing; about 0 for a layer like one
+            that was warmed before.
+        extra_bytes: memory of what is prepared and kept for the layer's weight.
+    """
+
+    name: str
+    backends: dict[int, str]
+    seconds: float
+    extra_bytes: int
+
+
+def warmup(
+    model: nn.Module,
+    tokens: Sequence[int] = (1, 8, 64, 2048),
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    progress: bool | None = None,
+) -> tuple[WarmedLayer, ...]:
+    """Probe, compile, lay out and check for every `FP8Linear` of a model before it serves.
+
+    Each layer runs once for each number of tokens, on random activations and without gradients.
+    Afterwards calls of these sizes neither probe nor synchronise, and may be captured into graphs.
+
+    Args:
+        model: any module that holds `FP8Linear` layers, or one of them.
+        tokens: rows of activations to warm for.
+        dtype: dtype of the activations: bfloat16, float16 or float32.
+        progress: show a progress bar on stderr; None shows it on a terminal.
+
+    Returns:
+        One record for each layer, in the model's order.
+
+    Raises:
+        InvalidInputError: not a module, no such layer, tokens that are no positive integers.
+        BackendUnavailableError: a layer that no backend takes.
+    """
+    if not isinstance(model, nn.Module):
+        raise DTypeError(f"warmup needs a torch.nn.Module, found {type(model).__name__}")
+    check_choice("dtype", dtype, ACTIVATION_DTYPES)
+    for count in tokens:
+        check_size("each of tokens", count)
+    layers = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, FP8Linear)
+    ]
+    if not layers:
+        raise InvalidInputError(
+            f"warmup needs FP8Linear layers, found none in {type(model).__name__}; convert the "
+            f"model with fp8dispatch.convert_model"
+        )
+    console = Console(stderr=True, force_terminal=progress)
+    with Progress(
+        TextColumn("warming {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("", total=len(layers))
+        warmed = []
+        for name, layer in layers:
+            bar.update(task, description=name)
+            warmed.append(_warm(name, layer, tokens, dtype))
+            bar.advance(task)
+    return tuple(warmed)
+
+
+def _warm(name: str, layer: FP8Linear, tokens: Sequence[int], dtype: torch.dtype) -> WarmedLayer:
+    device = layer.weight.device
+    start = time.perf_counter()
+    backends = {}
+    with torch.inference_mode():
+        for count in tokens:
+            x = torch.randn(count, layer.in_features, dtype=dtype, device=device)
+            layer(x)
+            backends[count] = layer.explain(x).backend
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return WarmedLayer(
+        name, backends, time.perf_counter() - start, prepared_bytes(layer.weight_scale)
+    )

@@ -1,0 +1,1 @@
+"""The backends over other people's libraries, without the libraries and without a GPU."""

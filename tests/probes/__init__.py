@@ -1,0 +1,1 @@
+"""The questions to the machine: against machines, drivers and packages that are made up."""
