@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         UnknownBackendError,
         UnsupportedTransformError,
     )
+    from fp8dispatch.explanation import explain
     from fp8dispatch.integrations.finegrained_fp8 import fp8_act_quant, w8a8_block_fp8_matmul
     from fp8dispatch.integrations.unsloth import (
         FbgemmFp8Linear_matmul,
@@ -39,9 +40,10 @@ if TYPE_CHECKING:
         w8a8_block_fp8_matmul_triton,
         weight_dequant,
     )
-    from fp8dispatch.linear import explain, fp8_linear, fp8_linear_quantized
+    from fp8dispatch.linear import fp8_linear, fp8_linear_quantized
     from fp8dispatch.modules import ConversionReport, FP8Linear, convert_model
-    from fp8dispatch.policy import reload_environment, set_backend, use_backend
+    from fp8dispatch.overrides import set_backend, use_backend
+    from fp8dispatch.policy import reload_environment
     from fp8dispatch.prepare import invalidate
     from fp8dispatch.problem import Accuracy, LinearProblem
     from fp8dispatch.quantization.activation import QuantizedActivation
@@ -69,6 +71,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "UnknownBackendError",
         "UnsupportedTransformError",
     ),
+    "explanation": ("explain",),
     "integrations.finegrained_fp8": ("fp8_act_quant", "w8a8_block_fp8_matmul"),
     "integrations.unsloth": (
         "FP8BlockQuantLinear",
@@ -79,9 +82,10 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "w8a8_block_fp8_matmul_triton",
         "weight_dequant",
     ),
-    "linear": ("explain", "fp8_linear", "fp8_linear_quantized"),
+    "linear": ("fp8_linear", "fp8_linear_quantized"),
     "modules": ("ConversionReport", "FP8Linear", "convert_model"),
-    "policy": ("reload_environment", "set_backend", "use_backend"),
+    "overrides": ("set_backend", "use_backend"),
+    "policy": ("reload_environment",),
     "prepare": ("invalidate",),
     "problem": ("Accuracy", "LinearProblem"),
     "quantization.activation": ("QuantizedActivation",),

@@ -16,6 +16,7 @@ import torch
 
 from fp8dispatch import registry, routes, trust
 from fp8dispatch.errors import BackendUnavailableError, FP8DispatchError
+from fp8dispatch.failures import is_out_of_memory, is_sticky_cuda_error
 from fp8dispatch.machine import Machine
 from fp8dispatch.policy import Policy
 from fp8dispatch.probes.device import describe
@@ -123,10 +124,10 @@ def put_aside(
             memory, a forced backend.
         BackendUnavailableError: the CUDA context is lost, and no backend can run any more.
     """
-    if trust.is_out_of_memory(error):
+    if is_out_of_memory(error):
         raise error
     reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-    if trust.is_sticky_cuda_error(error):
+    if is_sticky_cuda_error(error):
         raise BackendUnavailableError(
             f"{decision.backend} failed on {decision.problem} and the CUDA context is lost "
             f"({reason}); restart the process and exclude the backend with "

@@ -5,7 +5,7 @@
 | ``linear``                           | `fp8_linear`                                             |
 | ``linear_quantized``                 | `fp8_linear_quantized`                                   |
 | ``linear_grad_input``                | the gradient of X                                        |
-| ``quantize_activation``              | ``QuantizedActivation.from_tensor``                      |
+| ``quantize_activation``              | ``QuantizedActivation.from_tensor`` (`quantization.op`)  |
 | ``frozen_gradient``                  | nothing: it raises when a backward pass runs it          |
 
 An operator checks its arguments as the eager call does, and reads scale values and chooses a
@@ -19,45 +19,38 @@ Eager calls do not come here: the dispatcher of torch.library costs more than al
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.library import Library, register_autograd, register_fake, register_vmap
+from torch.library import register_autograd
 
 from fp8dispatch import autograd, execute, policy, registry
 from fp8dispatch.checks import (
-    VMAP_REFUSED,
     check_activation_scale,
     check_activations,
     check_bias,
     check_choice,
     check_device,
-    check_size,
 )
 from fp8dispatch.errors import ShapeError, UnsupportedTransformError
 from fp8dispatch.execute import LinearCall
-from fp8dispatch.formats import ACTIVATION_DTYPES, FLOAT8_DTYPES
-from fp8dispatch.prepare import activation_scale_fp32, weight_scale_fp32
-from fp8dispatch.quantization.activation import QuantizedActivation, quantize_activation
-from fp8dispatch.recipe import ceil_div
+from fp8dispatch.formats import ACTIVATION_DTYPES
+from fp8dispatch.oplibrary import LIBRARY, define, register, without_autocast
+from fp8dispatch.prepare import weight_scale_fp32
+from fp8dispatch.quantization.activation import QuantizedActivation
 from fp8dispatch.validate import Operands, check_operands, check_quantized
 
 _WEIGHT = "Tensor weight, Tensor weight_scale"
 _RECIPE = "int block_n, int block_k"
-_LIBRARY = Library("fp8dispatch", "DEF")  # type: ignore[no-untyped-call]
 for _schema in (
     f"linear(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? activation_scale, {_RECIPE}, "
     f"ScalarType out_dtype, str backend) -> Tensor",
     f"linear_quantized(Tensor data, Tensor scale, {_WEIGHT}, Tensor? bias, {_RECIPE}, "
     f"ScalarType out_dtype, str backend) -> Tensor",
     f"linear_grad_input(Tensor grad, {_WEIGHT}, SymInt k, {_RECIPE}, ScalarType dtype) -> Tensor",
-    "quantize_activation(Tensor x, Tensor? scale, int group_size, ScalarType dtype) "
-    "-> (Tensor, Tensor)",
     "frozen_gradient(Tensor frozen, Tensor grad, str name) -> Tensor",
 ):
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    define(_schema)
 """``block_n = block_k = 0`` means a recipe without blocks, ``backend = ""`` any backend."""
 
 
@@ -94,17 +87,6 @@ def linear_quantized(
         x.data, x.scale, weight, weight_scale, bias, *block, out_dtype, backend or ""
     )
     return out
-
-
-def quantize(
-    x: torch.Tensor, scale: torch.Tensor | None, group_size: int | None, dtype: torch.dtype
-) -> QuantizedActivation:
-    """Record a checked call of ``QuantizedActivation.from_tensor``."""
-    with torch.no_grad():
-        data, scales = torch.ops.fp8dispatch.quantize_activation.default(
-            x, scale, group_size or 0, dtype
-        )
-    return QuantizedActivation(data, scales)
 
 
 def _check(
@@ -153,17 +135,9 @@ def _run(
         policy.resolve(backend or None, registry.NAMES),
         quantized,
     )
-    with _without_autocast(x):
+    with without_autocast(x):
         out = execute.forward(x, weight, weight_scale, bias, activation_scale, call)
     return out.contiguous()  # which the fake promises; a copy only after a backend that pads N
-
-
-def _without_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    # An exported graph may run under autocast, which would change sums that are stated as fp32.
-    device_type = tensor.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _empty_output(x: torch.Tensor, operands: Operands, dtype: torch.dtype) -> torch.Tensor:
@@ -237,7 +211,7 @@ def _linear_grad_input(grad: torch.Tensor, *others: Any) -> torch.Tensor:
     operands = _check_linear_grad_input(grad, *others)
     n, k = operands.weight.shape
     scale = weight_scale_fp32(operands.scale, operands.recipe, n, k)
-    with _without_autocast(grad):
+    with without_autocast(grad):
         out = autograd.grad_input(grad.reshape(-1, n), operands.weight, scale, operands.recipe)
     return out.to(others[-1]).view(*grad.shape[:-1], k)
 
@@ -247,54 +221,12 @@ def _linear_grad_input_fake(grad: torch.Tensor, *others: Any) -> torch.Tensor:
     return grad.new_empty((*grad.shape[:-1], k), dtype=others[-1])
 
 
-def _quantize_activation(
-    x: torch.Tensor, scale: torch.Tensor | None, group_size: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_quantize_activation(x, scale, group_size, dtype)
-    k = x.shape[-1]
-    static = None if scale is None else activation_scale_fp32(scale)
-    with _without_autocast(x):
-        flat = quantize_activation(x.reshape(-1, k), group_size or k, dtype, static)
-    # The decoded static scale is remembered with its source, and a graph owns what it is given.
-    scales = flat.scale if static is None else flat.scale.clone()
-    return flat.data.contiguous().view(x.shape), scales
-
-
-def _quantize_activation_fake(
-    x: torch.Tensor, scale: torch.Tensor | None, group_size: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_quantize_activation(x, scale, group_size, dtype)
-    k = x.shape[-1]
-    grid = (ceil_div(k, group_size or k), x.numel() // k) if scale is None else (1, 1)
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(grid, dtype=torch.float32).t()
-
-
-def _check_quantize_activation(
-    x: torch.Tensor, scale: torch.Tensor | None, group_size: int, dtype: torch.dtype
-) -> None:
-    check_activations("x", x)
-    check_choice("dtype", dtype, FLOAT8_DTYPES)
-    check_activation_scale(scale, x, "scale")
-    if group_size:  # 0 is one scale per token
-        check_size("group_size", group_size)
-
-
 def _frozen_gradient(frozen: torch.Tensor, grad: torch.Tensor, name: str) -> torch.Tensor:
     raise autograd.frozen(name)
 
 
 def _frozen_gradient_fake(frozen: torch.Tensor, grad: torch.Tensor, name: str) -> torch.Tensor:
     return torch.empty_like(frozen)
-
-
-def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-    raise UnsupportedTransformError(VMAP_REFUSED)
-
-
-def _register(name: str, compute: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    register_fake(f"fp8dispatch::{name}", fake, lib=_LIBRARY)
-    register_vmap(f"fp8dispatch::{name}", _refuse_vmap, lib=_LIBRARY)
 
 
 def _register_gradients(name: str, tensors: tuple[str, ...]) -> None:
@@ -338,7 +270,7 @@ def _register_gradients(name: str, tensors: tuple[str, ...]) -> None:
                 )
         return tuple(grads)
 
-    register_autograd(f"fp8dispatch::{name}", backward, setup_context=save, lib=_LIBRARY)
+    register_autograd(f"fp8dispatch::{name}", backward, setup_context=save, lib=LIBRARY)
 
 
 def _no_second_gradient(ctx: Any, grad: torch.Tensor) -> Any:
@@ -348,11 +280,10 @@ def _no_second_gradient(ctx: Any, grad: torch.Tensor) -> Any:
     )
 
 
-_register("linear", _linear, _linear_fake)
-_register("linear_quantized", _linear_quantized, _linear_quantized_fake)
-_register("linear_grad_input", _linear_grad_input, _linear_grad_input_fake)
-_register("quantize_activation", _quantize_activation, _quantize_activation_fake)
-_register("frozen_gradient", _frozen_gradient, _frozen_gradient_fake)
+register("linear", _linear, _linear_fake)
+register("linear_quantized", _linear_quantized, _linear_quantized_fake)
+register("linear_grad_input", _linear_grad_input, _linear_grad_input_fake)
+register("frozen_gradient", _frozen_gradient, _frozen_gradient_fake)
 _register_gradients("linear", ("X", "weight", "weight_scale", "bias", "activation_scale"))
 _register_gradients("linear_quantized", ("X.data", "X.scale", "weight", "weight_scale", "bias"))
-register_autograd("fp8dispatch::linear_grad_input", _no_second_gradient, lib=_LIBRARY)
+register_autograd("fp8dispatch::linear_grad_input", _no_second_gradient, lib=LIBRARY)

@@ -20,15 +20,13 @@ The first two are read once, at the first call; `reload_environment` reads them 
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from fp8dispatch.errors import ConfigurationError, UnknownBackendError
 from fp8dispatch.problem import Accuracy
@@ -122,82 +120,26 @@ def statements(known: tuple[str, ...]) -> tuple[tuple[str, Statement], ...]:
     )
 
 
-class use_backend:  # lower case: reads as a verb where it is used, like torch.no_grad
-    """State the backends, or the accuracy, for calls in a block or a function.
-
-    It holds in this thread or asynchronous task, and the nearest one wins. Backward runs what the
-    forward call was allowed to run, wherever it runs.
-
-        with fp8dispatch.use_backend("triton"): ...
-
-        @fp8dispatch.use_backend("-cublaslt", accuracy="fast")
-        def step(): ...
-
-    Args:
-        backends: a statement such as "triton", "triton,eager" or "-cublaslt"; None leaves it.
-        accuracy: "exact" or "fast"; None leaves it.
-
-    Raises:
-        UnknownBackendError, ConfigurationError: a statement that cannot be read.
-    """
-
-    def __init__(
-        self, backends: str | None = None, *, accuracy: str | Accuracy | None = None
-    ) -> None:
-        self._statement = _statement(backends, accuracy)
-        self._tokens: list[Token[Statement | None]] = []
-
-    def __enter__(self) -> use_backend:
-        outer = _in_context.get() or _NOTHING
-        own = self._statement
-        nearest = Statement(
-            outer.backends if own.backends is None else own.backends,
-            own.accuracy or outer.accuracy,
+def enter(statement: Statement) -> Token[Statement | None]:
+    """State something for this thread or task; what it leaves open stays as it was."""
+    outer = _in_context.get() or _NOTHING
+    return _in_context.set(
+        Statement(
+            outer.backends if statement.backends is None else statement.backends,
+            statement.accuracy or outer.accuracy,
         )
-        self._tokens.append(_in_context.set(nearest))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        _in_context.reset(self._tokens.pop())
-
-    def __call__(self, function: F) -> F:
-        def fresh() -> use_backend:
-            return use_backend(self._statement.backends, accuracy=self._statement.accuracy)
-
-        if inspect.iscoroutinefunction(function):
-
-            @functools.wraps(function)
-            async def asynchronous(*args: Any, **kwargs: Any) -> Any:
-                with fresh():
-                    return await function(*args, **kwargs)
-
-            return cast("F", asynchronous)
-
-        @functools.wraps(function)
-        def synchronous(*args: Any, **kwargs: Any) -> Any:
-            with fresh():
-                return function(*args, **kwargs)
-
-        return cast("F", synchronous)
+    )
 
 
-def set_backend(backends: str | None = None, *, accuracy: str | Accuracy | None = None) -> None:
-    """State the backends and the accuracy for the whole process; without arguments, unstate them.
+def leave(token: Token[Statement | None]) -> None:
+    """End what `enter` stated."""
+    _in_context.reset(token)
 
-    Args:
-        backends: a statement such as "triton", "triton,eager" or "-cublaslt"; None for none.
-        accuracy: "exact" or "fast"; None for none.
 
-    Raises:
-        UnknownBackendError, ConfigurationError: a statement that cannot be read.
-    """
+def state_for_process(statement: Statement) -> None:
+    """Replace what the process states."""
     global _of_process
-    _of_process = _statement(backends, accuracy)
+    _of_process = statement
 
 
 def reload_environment() -> None:
@@ -264,22 +206,12 @@ def triton_interpreter() -> bool:
     return os.environ.get(_TRITON_INTERPRET, "0").lower() in ("1", "true", "yes", "on")
 
 
-def _statement(backends: str | None, accuracy: str | Accuracy | None) -> Statement:
-    if backends is not None:
-        # Imported here: the registry reads this module to learn whether plugins are allowed.
-        from fp8dispatch import registry
+def parse_accuracy(text: str, what: str) -> Accuracy:
+    """An accuracy class by its name; `what` names the place that said it.
 
-        if not isinstance(backends, str) or not backends.strip():
-            raise UnknownBackendError(
-                f"backends must be a text such as 'triton' or '-cublaslt', found {backends!r}"
-            )
-        parse_backends(backends, registry.NAMES)
-    if accuracy is None:
-        return Statement(backends)
-    return Statement(backends, _accuracy(accuracy, "accuracy"))
-
-
-def _accuracy(text: str, what: str) -> Accuracy:
+    Raises:
+        ConfigurationError: another text.
+    """
     classes = [member.value for member in Accuracy]
     if text not in classes:
         raise ConfigurationError(f"{what} must be one of {', '.join(classes)}, found {text!r}")
@@ -300,6 +232,6 @@ def _environment(known: tuple[str, ...]) -> Statement:
                 ) from error
         _of_environment = Statement(
             backends or None,
-            _accuracy(accuracy, ACCURACY_VARIABLE) if accuracy else None,
+            parse_accuracy(accuracy, ACCURACY_VARIABLE) if accuracy else None,
         )
     return _of_environment

@@ -13,7 +13,8 @@ import torch
 import fp8dispatch
 from fp8dispatch import policy, registry
 from fp8dispatch.errors import ConfigurationError, UnknownBackendError
-from fp8dispatch.policy import resolve, set_backend, use_backend
+from fp8dispatch.overrides import set_backend, use_backend
+from fp8dispatch.policy import resolve
 from fp8dispatch.problem import Accuracy
 
 KNOWN = registry.NAMES

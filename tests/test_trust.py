@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8dispatch import policy, registry, trust
+from fp8dispatch import failures, policy, registry, trust
 from fp8dispatch.machine import Machine
 from fp8dispatch.probes import isolated
 from fp8dispatch.probes.isolated import IsolatedResult
@@ -322,8 +322,8 @@ def caused(error: Exception) -> Exception:
     ids=str,
 )
 def test_errors_are_classified(error: Exception, memory: bool, sticky: bool) -> None:
-    assert trust.is_out_of_memory(error) is memory
-    assert trust.is_sticky_cuda_error(error) is sticky
+    assert failures.is_out_of_memory(error) is memory
+    assert failures.is_sticky_cuda_error(error) is sticky
 
 
 def test_a_lost_context_is_a_wrong_verdict_that_says_so() -> None:

@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Literal
 
+from fp8dispatch import failures
 from fp8dispatch.recipe import Granularity, Recipe
 
 if TYPE_CHECKING:
@@ -316,8 +317,6 @@ def _limit(limit_s: float) -> None:
 
 
 def _probe(request: dict[str, Any], say: Callable[..., None]) -> tuple[Outcome, str]:
-    from fp8dispatch import trust
-
     recipe = Recipe(Granularity(request["granularity"]), request["block_size"])
     try:
         from fp8dispatch.backends.eager import BACKEND as plain
@@ -330,14 +329,15 @@ def _probe(request: dict[str, Any], say: Callable[..., None]) -> tuple[Outcome, 
         if not control.right:
             return "untested", f"plain torch is not right on {device}: {control.reason}"
     except Exception as error:  # noqa: BLE001  # whatever it is, the backend had no part in it
-        return "untested", f"plain torch does not run in the child, {trust.describe_error(error)}"
+        told = failures.describe_error(error)
+        return "untested", f"plain torch does not run in the child, {told}"
     say("ready", seconds=time.perf_counter() - start)
     try:
         result = run_canary(_backend(request["backend"]), device, recipe)
     except Exception as error:  # noqa: BLE001  # a library may raise anything: that is the finding
-        if trust.is_sticky_cuda_error(error):
-            return "crashed", trust.verdict_of_error(error)[1]
-        return trust.verdict_of_error(error)
+        if failures.is_sticky_cuda_error(error):
+            return "crashed", failures.verdict_of_error(error)[1]
+        return failures.verdict_of_error(error)
     if not result.applicable:
         return "untested", result.reason
     return ("right" if result.right else "wrong"), result.reason

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8dispatch import decide, policy, trust
+from fp8dispatch import decide, overrides, policy, trust
 from fp8dispatch.doctor import devices
 from fp8dispatch.machine import Machine
 from fp8dispatch.probes import device as device_probe
@@ -36,7 +36,7 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def _forget() -> None:
     policy.reload_environment()
-    policy.set_backend()
+    overrides.set_backend()
     trust.forget()
     trust.release()
     decide.forget()

@@ -15,7 +15,7 @@ from fp8dispatch import cli, trust
 from fp8dispatch.doctor import __main__ as doctor
 from fp8dispatch.doctor import collect as collecting
 from fp8dispatch.doctor.collect import collect
-from fp8dispatch.policy import set_backend, use_backend
+from fp8dispatch.overrides import set_backend, use_backend
 from tests.doctor.conftest import H200
 
 if TYPE_CHECKING:

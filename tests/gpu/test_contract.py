@@ -180,12 +180,14 @@ def test_a_second_call_does_not_synchronise() -> None:
     weight, scale = oracle.make_weight(256, 512, BLOCK_128, device="cuda")
     x = torch.randn(16, 512, device="cuda", dtype=torch.bfloat16)
     for backend in matrix.SHIPPED:
-        fp8dispatch.fp8_linear(x, weight, scale, backend=backend)
-        torch.cuda.set_sync_debug_mode("error")
+        first = fp8dispatch.fp8_linear(x, weight, scale, backend=backend)
+        torch.cuda.set_sync_debug_mode("error")  # a synchronisation now raises
         try:
-            fp8dispatch.fp8_linear(x, weight, scale, backend=backend)
+            second = fp8dispatch.fp8_linear(x, weight, scale, backend=backend)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+        assert torch.equal(first, second), backend
 
 
 def test_side_streams_and_graphs_give_the_same_numbers() -> None:

@@ -1,0 +1,77 @@
+"""`explain`: which backend runs, and why, for one call or for every layer of a model."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from fp8dispatch import linear
+from fp8dispatch.checks import check_choice, check_size
+from fp8dispatch.errors import InvalidInputError
+from fp8dispatch.formats import ACTIVATION_DTYPES
+from fp8dispatch.modules import FP8Linear
+from fp8dispatch.router import Decision
+
+
+@overload
+def explain(
+    X: nn.Module, *, tokens: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Decision]: ...
+
+
+@overload
+def explain(
+    X: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, *rest: Any, **options: Any
+) -> Decision: ...
+
+
+def explain(
+    X: torch.Tensor | nn.Module,
+    *call: Any,
+    tokens: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    **options: Any,
+) -> Decision | dict[str, Decision]:
+    """Which backend `fp8_linear` would run, and why not the others.
+
+    Nothing of the call is computed; a backend that is about to be chosen and was never tested here
+    runs its canary first. A decision renders as text with ``str`` and as JSON with ``as_json``.
+
+    Args:
+        X: the activations of a call, or a model that holds `FP8Linear` layers.
+        call: the other arguments of `fp8_linear`, for a call.
+        tokens: rows of activations to explain a model for.
+        dtype: dtype of the activations to explain a model for.
+        options: the keyword arguments of `fp8_linear`, for a call.
+
+    Returns:
+        The decision for the call; for a model, layer name -> decision, in the model's order.
+
+    Raises:
+        The errors of `fp8_linear`; InvalidInputError also for a model without such a layer, or
+        with arguments of a call.
+    """
+    if not isinstance(X, nn.Module):
+        return linear.explain(X, *call, **options)
+    if call or options:
+        raise InvalidInputError(
+            "a model is explained with tokens= and dtype= alone, found arguments of a call; "
+            "explain a layer's call with layer.explain(x)"
+        )
+    check_size("tokens", tokens)
+    check_choice("dtype", dtype, ACTIVATION_DTYPES)
+    decisions = {
+        name: layer.explain(
+            torch.empty((tokens, layer.in_features), dtype=dtype, device=layer.weight.device)
+        )
+        for name, layer in X.named_modules()
+        if isinstance(layer, FP8Linear)
+    }
+    if not decisions:
+        raise InvalidInputError(
+            f"explain needs FP8Linear layers, found none in {type(X).__name__}; convert the model "
+            f"with fp8dispatch.convert_model"
+        )
+    return decisions

@@ -1,0 +1,100 @@
+"""`use_backend` and `set_backend`: state which backends may run, for a block or for the process."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextvars import Token
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+from fp8dispatch import policy, registry
+from fp8dispatch.errors import UnknownBackendError
+from fp8dispatch.policy import Statement
+from fp8dispatch.problem import Accuracy
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class use_backend:  # lower case: reads as a verb where it is used, like torch.no_grad
+    """State the backends, or the accuracy, for calls in a block or a function.
+
+    It holds in this thread or asynchronous task, and the nearest one wins. Backward runs what the
+    forward call was allowed to run, wherever it runs.
+
+        with fp8dispatch.use_backend("triton"): ...
+
+        @fp8dispatch.use_backend("-cublaslt", accuracy="fast")
+        def step(): ...
+
+    Args:
+        backends: a statement such as "triton", "triton,eager" or "-cublaslt"; None leaves it.
+        accuracy: "exact" or "fast"; None leaves it.
+
+    Raises:
+        UnknownBackendError, ConfigurationError: a statement that cannot be read.
+    """
+
+    def __init__(
+        self, backends: str | None = None, *, accuracy: str | Accuracy | None = None
+    ) -> None:
+        self._statement = _statement(backends, accuracy)
+        self._tokens: list[Token[Statement | None]] = []
+
+    def __enter__(self) -> use_backend:
+        self._tokens.append(policy.enter(self._statement))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        policy.leave(self._tokens.pop())
+
+    def __call__(self, function: F) -> F:
+        def fresh() -> use_backend:
+            return use_backend(self._statement.backends, accuracy=self._statement.accuracy)
+
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def asynchronous(*args: Any, **kwargs: Any) -> Any:
+                with fresh():
+                    return await function(*args, **kwargs)
+
+            return cast("F", asynchronous)
+
+        @functools.wraps(function)
+        def synchronous(*args: Any, **kwargs: Any) -> Any:
+            with fresh():
+                return function(*args, **kwargs)
+
+        return cast("F", synchronous)
+
+
+def set_backend(backends: str | None = None, *, accuracy: str | Accuracy | None = None) -> None:
+    """State the backends and the accuracy for the whole process; without arguments, unstate them.
+
+    Args:
+        backends: a statement such as "triton", "triton,eager" or "-cublaslt"; None for none.
+        accuracy: "exact" or "fast"; None for none.
+
+    Raises:
+        UnknownBackendError, ConfigurationError: a statement that cannot be read.
+    """
+    policy.state_for_process(_statement(backends, accuracy))
+
+
+def _statement(backends: str | None, accuracy: str | Accuracy | None) -> Statement:
+    if backends is not None:
+        if not isinstance(backends, str) or not backends.strip():
+            raise UnknownBackendError(
+                f"backends must be a text such as 'triton' or '-cublaslt', found {backends!r}"
+            )
+        policy.parse_backends(backends, registry.NAMES)
+    if accuracy is None:
+        return Statement(backends)
+    return Statement(backends, policy.parse_accuracy(accuracy, "accuracy"))
