@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     )
     from fp8dispatch.linear import fp8_linear, fp8_linear_quantized
     from fp8dispatch.modules import ConversionReport, FP8Linear, convert_model
+    from fp8dispatch.offset8 import FP8Format
     from fp8dispatch.overrides import set_backend, use_backend
     from fp8dispatch.policy import reload_environment
     from fp8dispatch.prepare import invalidate
@@ -84,6 +85,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     ),
     "linear": ("fp8_linear", "fp8_linear_quantized"),
     "modules": ("ConversionReport", "FP8Linear", "convert_model"),
+    "offset8": ("FP8Format",),
     "overrides": ("set_backend", "use_backend"),
     "policy": ("reload_environment",),
     "prepare": ("invalidate",),
@@ -108,6 +110,7 @@ __all__ = [
     "DeviceError",
     "FP8BlockQuantLinear",
     "FP8DispatchError",
+    "FP8Format",
     "FP8Linear",
     "FbgemmFp8Linear_matmul",
     "FrozenWeightError",

@@ -71,7 +71,26 @@ class UnsupportedTransformError(FP8DispatchError, RuntimeError):
 
 
 class NumericalOverflowError(FP8DispatchError, ArithmeticError):
-    """Values that the FP8 format cannot hold, even after scaling."""
+    """Values that the FP8 format cannot hold, even after scaling.
+
+    Attributes:
+        max_value: the largest magnitude that was met; None where it was not computed.
+        scale: the scale that was tried last, or None.
+        attempts: how often the scale was reduced.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        max_value: float | None = None,
+        scale: float | None = None,
+        attempts: int = 0,
+    ) -> None:
+        super().__init__(message)
+        self.max_value = max_value
+        self.scale = scale
+        self.attempts = attempts
 
 
 @dataclass(frozen=True)

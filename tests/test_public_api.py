@@ -29,6 +29,7 @@ NAMES = [
     "DeviceError",
     "FP8BlockQuantLinear",
     "FP8DispatchError",
+    "FP8Format",
     "FP8Linear",
     "FbgemmFp8Linear_matmul",
     "FrozenWeightError",
