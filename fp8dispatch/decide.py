@@ -79,6 +79,9 @@ def decide(problem: LinearProblem, device: torch.device, allowed: Policy) -> Dec
         )
         return decision  # a decision taken without asking everybody is not kept
     _announce(decision)
+    asked = [one.standing for one in decision.assessments if one.standing is not None]
+    if any(one.verdict == "untested" for one in asked):
+        return decision  # it will be tested again, and the decision may then be another
     if len(_decisions) >= _MAX_DECISIONS:
         _decisions.clear()
     _decisions[key] = decision

@@ -179,6 +179,22 @@ def test_an_untested_backend_runs_only_where_it_is_known_to(
     assert fp8dispatch.explain(X, W, SCALE).backend == "failing"
 
 
+def test_a_decision_is_not_kept_while_a_backend_could_not_be_tested(
+    failing: Failing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state: dict[str, Any] = {"failing": "untested"}
+
+    def judge(name: str, *_: Any, **__: Any) -> trust.Verdict:
+        return trust.Verdict(state.get(name, "right"), "busy", "as tested")
+
+    monkeypatch.setattr(trust, "judge", judge)
+    assert fp8dispatch.explain(X, W, SCALE).backend != "failing"
+
+    state["failing"] = "right"  # memory was free again at the next look
+
+    assert fp8dispatch.explain(X, W, SCALE).backend == "failing"
+
+
 @pytest.mark.parametrize("context", ["inference mode", "no grad", "autocast", "backward", "func"])
 def test_a_first_call_is_judged_the_same_under_every_mode(
     context: str, monkeypatch: pytest.MonkeyPatch
