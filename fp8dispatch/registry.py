@@ -63,6 +63,12 @@ def load(name: str) -> Backend:
     return _load_plugin(name)
 
 
+def plugin_version(name: str) -> str | None:
+    """Version of the package that offers a backend; None for ours and where it states none."""
+    entry = _PLUGINS.get(name)
+    return entry.dist.version if entry is not None and entry.dist is not None else None
+
+
 def _load_plugin(name: str) -> Backend:
     from fp8dispatch.backends.broken import Broken
     from fp8dispatch.backends.contract import Backend

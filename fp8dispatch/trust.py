@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from fp8dispatch import __version__, policy
+from fp8dispatch import __version__, policy, registry
 from fp8dispatch.failures import describe_error, is_out_of_memory, verdict_of_error
 from fp8dispatch.machine import Machine
 from fp8dispatch.recipe import Recipe
@@ -259,14 +259,18 @@ def _fingerprint(
 ) -> Fingerprint:
     from fp8dispatch.probes.store import Fingerprint
 
-    wanted = {"torch", "triton", "cuda", "hip", backend.distribution}
+    wanted = {"torch", "triton", "cuda", "hip", backend.distribution, *backend.distributions}
+    versions = {name: text for name, text in machine.versions.items() if name in wanted}
+    plugin = registry.plugin_version(backend_name)
+    if plugin is not None:
+        versions["plugin"] = plugin
     return Fingerprint(
         backend=backend_name,
         recipe=str(recipe),
         device=f"{machine.device_type} {machine.device_name}",
         capability=machine.capability,
         driver=machine.driver,
-        versions={name: text for name, text in machine.versions.items() if name in wanted},
+        versions=versions,
         fp8dispatch=__version__,
     )
 

@@ -6,6 +6,7 @@ import importlib
 import logging
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +88,23 @@ def test_a_plugin_runs_when_it_is_asked_for() -> None:
         fp8_linear(x, weight, scale, backend="goodone"),
         fp8_linear(x, weight, scale, backend="eager"),
     )
+
+
+def test_a_plugin_has_the_version_of_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "acme_fp8-2.3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-fp8\nVersion: 2.3\n")
+    (info / "entry_points.txt").write_text(f"[{registry.ENTRY_POINTS}]\nacme = acme:BACKEND\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        importlib.reload(registry)
+        assert registry.plugin_version("acme") == "2.3"
+        assert registry.plugin_version("triton") is None
+    finally:
+        monkeypatch.undo()
+        importlib.reload(registry)
 
 
 @pytest.mark.usefixtures("plugins")

@@ -97,6 +97,51 @@ def test_other_versions_ask_again() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "library"),
+    [
+        ("cublaslt", "nvidia-cublas"),
+        ("cublaslt", "nvidia-cublas-cu12"),
+        ("deepgemm", "sgl-deep-gemm"),
+        ("fbgemm", "fbgemm-gpu-genai"),
+        ("fbgemm", "fbgemm-gpu-nightly-genai"),
+        ("mslk", "mslk-cuda"),
+        ("torchao", "torchao"),
+        ("torchao", "torchao-nightly"),
+    ],
+)
+def test_a_stored_verdict_does_not_outlive_its_library(
+    name: str, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's own release, with all else the same, asks again."""
+
+    def judged(version: str) -> Verdict:
+        trust.forget()  # as in the next process
+        versions = {"torch": "2.11.0", library: version, "transformers": version}
+        machine = Machine("cpu", HOPPER.device_name, (8, 0), versions)
+        return trust.judge(name, registry.load(name), CPU, machine, BLOCK_128, may_probe=True)
+
+    results = iter(["right", "wrong"])
+    monkeypatch.setattr(
+        isolated, "run_isolated", lambda *_: IsolatedResult(next(results), "as the test says")
+    )
+    assert judged("1.4.0").state == "right"
+    assert judged("1.4.0").source == "disk"
+    newer = judged("1.5.0")
+    assert (newer.state, newer.source) == ("wrong", "in a child process")
+
+
+def test_a_stored_verdict_does_not_outlive_its_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = verified()
+    monkeypatch.setattr(registry, "plugin_version", {"planted": "1.0"}.get)
+    judge(backend)
+    trust.forget()
+    assert judge(backend).source == "disk"
+    trust.forget()
+    monkeypatch.setattr(registry, "plugin_version", {"planted": "1.1"}.get)
+    assert judge(backend).source == "in this process"
+
+
+@pytest.mark.parametrize(
     ("fault", "words"),
     [
         (planted.runs_out_of_memory, "memory ran out"),

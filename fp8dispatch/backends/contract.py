@@ -46,6 +46,9 @@ class Backend(ABC):
 
     name: ClassVar[str]
     distribution: ClassVar[str | None] = None
+    """What `minimum_version` speaks of; one of `fp8dispatch.probes.packages.DISTRIBUTIONS`."""
+    distributions: ClassVar[tuple[str, ...]] = ()
+    """Whatever else may carry its code: a stored verdict holds for these versions alone."""
     minimum_version: ClassVar[str] = "0"
     install_hint: ClassVar[str] = ""
     capabilities: ClassVar[tuple[tuple[int, int], ...] | None] = None

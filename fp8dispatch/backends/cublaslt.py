@@ -38,6 +38,7 @@ class CuBlasLt(Backend):
 
     name = "cublaslt"
     distribution = "torch"
+    distributions = ("nvidia-cublas", "nvidia-cublas-cu12", "nvidia-cublas-cu13")
     minimum_version = "2.10"
     capabilities = ((8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))
     verified_capabilities = ((9, 0),)

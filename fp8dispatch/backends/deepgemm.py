@@ -58,6 +58,7 @@ class DeepGemm(LibraryBackend):
     recipes = frozenset({Granularity.BLOCK})
     align_n = 8
     align_k = 16
+    distributions = (_DISTRIBUTION,)
     needs_to_load = "deep_gemm to import, with a CUDA toolkit for its compiler (CUDA_HOME)"
 
     def __init__(self) -> None:

@@ -54,6 +54,7 @@ class TorchAO(LibraryBackend):
 
     name = "torchao"
     distribution = "torchao"
+    distributions = (_NIGHTLY,)
     minimum_version = "0.12"
     install_hint = " (pip install torchao)"
     capabilities = ((8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))

@@ -98,7 +98,12 @@ def test_stored_verdict_is_read_and_nothing_is_probed(
 ) -> None:
     plant(H200)
     machine = collect().devices[0]
-    versions = {"torch": "2.11.0+cu130", "cuda": "13.0", "triton": "3.6.0"}
+    versions = {
+        "torch": "2.11.0+cu130",
+        "cuda": "13.0",
+        "triton": "3.6.0",
+        "nvidia-cublas": "13.1.0.3",
+    }
     fingerprint = Fingerprint(
         backend="cublaslt",
         recipe=str(ROW),

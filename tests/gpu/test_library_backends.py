@@ -155,12 +155,13 @@ def test_side_streams_and_graphs_give_the_same_numbers(backend: LibraryBackend) 
 
 
 def test_a_second_call_does_not_synchronise(backend: LibraryBackend) -> None:
-    x, _, linear = block_call(backend)
-    torch.cuda.set_sync_debug_mode("error")
+    x, expected, linear = block_call(backend)
+    torch.cuda.set_sync_debug_mode("error")  # a call that synchronises raises
     try:
-        linear(x)
+        again = linear(x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again, expected)
 
 
 def test_a_non_finite_row_stays_alone(backend: LibraryBackend) -> None:
