@@ -1,27 +1,47 @@
-"""The command ``fp8dispatch``; each subcommand is a module that also runs by itself."""
+"""The command ``fp8dispatch``: each subcommand is a module with `add_arguments` and `run`.
+
+Only the module of the subcommand that was asked for is imported, so that none waits for what
+another needs. Exit codes of every command: 0 ok, 1 a check failed, 2 usage, 3 no GPU, 4 wrong
+numbers, 5 interrupted and resumable.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from fp8dispatch.doctor import __main__ as doctor
+COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": (
+        "fp8dispatch.doctor.__main__",
+        "what this machine can run, what it would choose and why",
+    ),
+}
+"""Subcommand -> its module, which has `add_arguments(parser)` and `run(arguments) -> exit code`
+and whose docstring is the command's description; and its line of help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit code."""
+    given = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="fp8dispatch", description="FP8 linear layers.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    command = commands.add_parser(
-        "doctor",
-        help="what this machine can run, what it would choose and why",
-        description=doctor.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    doctor.add_arguments(command)
-    command.set_defaults(run=doctor.run)
-    arguments = parser.parse_args(argv)
+    asked = next((word for word in given if not word.startswith("-")), None)
+    for name, (module_name, help_line) in COMMANDS.items():
+        if name != asked:
+            commands.add_parser(name, help=help_line)
+            continue
+        module = import_module(module_name)
+        command = commands.add_parser(
+            name,
+            help=help_line,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    arguments = parser.parse_args(given)
     code: int = arguments.run(arguments)
     return code
 
