@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,13 +27,25 @@ def apply(
     bias: torch.Tensor | None,
     activation_scale: torch.Tensor | None,
     call: LinearCall,
+    compute: Callable[..., torch.Tensor] = execute.forward,
 ) -> torch.Tensor:
-    """Run the call, recording a gradient only where one can be asked for."""
-    tensors = (x, weight, weight_scale, bias, activation_scale)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        out: torch.Tensor = FP8LinearFunction.apply(*tensors, call)  # type: ignore[no-untyped-call]
+    """Run the call, recording a gradient only where one can be asked for.
+
+    Args:
+        compute: what computes the forward pass from these arguments, up to `call`.
+    """
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or weight.requires_grad
+        or weight_scale.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (activation_scale is not None and activation_scale.requires_grad)
+    ):
+        out: torch.Tensor = FP8LinearFunction.apply(  # type: ignore[no-untyped-call]
+            x, weight, weight_scale, bias, activation_scale, call, compute
+        )
         return out
-    return execute.forward(*tensors, call)
+    return compute(x, weight, weight_scale, bias, activation_scale, call)
 
 
 class FP8LinearFunction(torch.autograd.Function):
@@ -51,12 +64,13 @@ class FP8LinearFunction(torch.autograd.Function):
         bias: torch.Tensor | None,
         activation_scale: torch.Tensor | None,
         call: LinearCall,
+        compute: Callable[..., torch.Tensor],
     ) -> torch.Tensor:
-        return execute.forward(x, weight, weight_scale, bias, activation_scale, call)
+        return compute(x, weight, weight_scale, bias, activation_scale, call)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        x, weight, weight_scale, bias, _, call = inputs
+        x, weight, weight_scale, bias, _, call, _ = inputs
         ctx.call = call
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -78,7 +92,7 @@ class FP8LinearFunction(torch.autograd.Function):
                     (ctx.needs_input_grad[0], ctx.needs_input_grad[3]), shapes, strict=True
                 )
             )
-            return grad_x, None, None, grad_bias, None, None
+            return grad_x, None, None, grad_bias, None, None, None
         grad = unwrapped(grad)
         # Under torch.func.grad each operation would wrap its result again, hiding it from kernels.
         with torch._C._DisableFuncTorch(), torch.autocast(grad.device.type, enabled=False):
@@ -89,7 +103,7 @@ class FP8LinearFunction(torch.autograd.Function):
                 grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
             if ctx.needs_input_grad[3]:
                 grad_bias = bias_gradient(grad, ctx.bias_dtype)
-        return grad_x, None, None, grad_bias, None, None
+        return grad_x, None, None, grad_bias, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:

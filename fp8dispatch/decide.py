@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from fp8dispatch import registry, routes, trust
+from fp8dispatch import generation, registry, routes, trust
 from fp8dispatch.errors import BackendUnavailableError, FP8DispatchError
 from fp8dispatch.failures import is_out_of_memory, is_sticky_cuda_error
 from fp8dispatch.machine import Machine
@@ -88,6 +88,11 @@ def decide(problem: LinearProblem, device: torch.device, allowed: Policy) -> Dec
     return decision
 
 
+def remembered(problem: LinearProblem, device: torch.device, allowed: Policy) -> Decision | None:
+    """The decision for a call where it is settled; None where it would be taken again."""
+    return _decisions.get((problem, device, allowed))
+
+
 def standing(
     name: str, device: torch.device, machine: Machine, recipe: Recipe, *, capturing: bool = False
 ) -> Standing:
@@ -145,7 +150,7 @@ def put_aside(
     if isinstance(error, FP8DispatchError):
         raise error
     trust.quarantine(decision.backend, device, decision.problem.recipe, reason)
-    _decisions.clear()
+    forget()
     warnings.warn(
         f"the backend {decision.backend} failed on {decision.problem} and is put aside for "
         f"{decision.problem.recipe} on {device} in this process ({reason})",
@@ -168,6 +173,7 @@ def stats() -> dict[str, object]:
 def forget() -> None:
     """Drop every remembered decision, as a change of trust or of the registry asks for."""
     _decisions.clear()
+    generation.renew()
 
 
 def _announce(decision: Decision) -> None:

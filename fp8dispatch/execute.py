@@ -19,6 +19,7 @@ from fp8dispatch.prepare import activation_scale_fp32, weight_scale_fp32
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.quantization.activation import QuantizedActivation
 from fp8dispatch.recipe import Recipe
+from fp8dispatch.router import Decision
 
 
 @dataclass(frozen=True)
@@ -62,26 +63,70 @@ def forward(
     )
     static = None if activation_scale is None else activation_scale_fp32(activation_scale)
     problem = describe_call(m, data, call, bias, static is not None)
+    return _attempt(x, operand, bias, static, problem, call, None)
+
+
+def after_failure(
+    error: Exception,
+    decision: Decision,
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    static: torch.Tensor | None,
+    problem: LinearProblem,
+    call: LinearCall,
+) -> torch.Tensor:
+    """The rest of `forward` after the chosen backend raised `error`: the next one's turn.
+
+    Raises:
+        Exception: `error` itself, where it is the caller's to deal with (see `put_aside`).
+    """
+    return _attempt(x, weight, bias, static, problem, call, (error, decision))
+
+
+def _attempt(
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    static: torch.Tensor | None,
+    problem: LinearProblem,
+    call: LinearCall,
+    failure: tuple[Exception, Decision] | None,
+) -> torch.Tensor:
+    """Try backends until one computes, putting aside what fails."""
+    shape = (*x.shape[:-1], problem.n)
     allowed, failed = call.allowed, set[str]()
+    if failure is not None:
+        error, decision = failure
+        allowed = put_aside(error, decision, x.device, allowed)
+        failed.add(decision.backend)
     while True:
         decision = decide(problem, x.device, allowed)
-        if m == 0:  # decided all the same: a forced backend that refuses the call must say so
+        if problem.m == 0:  # decided all the same: a forced backend that refuses must say so
             return torch.empty(shape, dtype=call.out_dtype, device=x.device)
         backend = registry.load(decision.backend)
         counters.calls += 1
         try:
             if call.quantized is not None:
-                out = backend.matmul(call.quantized, operand, bias, problem)
+                out = backend.matmul(call.quantized, weight, bias, problem)
             else:
-                out = backend.linear(x.reshape(m, k), operand, bias, static, problem)
-        except Exception as error:
+                out = backend.linear(x.reshape(problem.m, problem.k), weight, bias, static, problem)
+        except Exception as raised:
             # Any library's failure: raised where it is the caller's, else another backend's turn.
-            allowed = put_aside(error, decision, x.device, allowed)
+            allowed = put_aside(raised, decision, x.device, allowed)
             if decision.backend in failed:
                 raise
             failed.add(decision.backend)
             continue
         return out.view(shape)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What autocast wants on the device of `x`; None where it is off."""
+    device_type = x.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def oriented(

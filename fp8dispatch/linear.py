@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fp8dispatch import autograd, ops, policy, registry
+from fp8dispatch import autograd, ops, plans, policy, registry
 from fp8dispatch.checks import (
     check_activation_scale,
     check_activations,
@@ -18,7 +18,7 @@ from fp8dispatch.checks import (
 )
 from fp8dispatch.decide import decide
 from fp8dispatch.errors import DTypeError, FrozenWeightError
-from fp8dispatch.execute import LinearCall, describe_call
+from fp8dispatch.execute import LinearCall, autocast_dtype, describe_call
 from fp8dispatch.quantization.activation import QuantizedActivation
 from fp8dispatch.router import Decision
 from fp8dispatch.validate import Operands, check_operands, check_quantized
@@ -73,6 +73,11 @@ def fp8_linear(
     """
     traced = is_traced(X, weight)
     if not traced:
+        out = plans.run(
+            X, weight, weight_scale, bias, activation_scale, block_size, out_dtype, backend
+        )
+        if out is not None:
+            return out
         check_transforms(X, weight, weight_scale, bias, activation_scale)
     check_activations("X", X)
     operands = check_operands(weight, weight_scale, X.shape[-1], block_size)
@@ -80,14 +85,17 @@ def fp8_linear(
     check_activation_scale(activation_scale, weight)
     check_bias(bias, operands.weight.shape[0], weight)
     check_out_dtype(out_dtype)
-    autocast = _autocast_dtype(X)
-    out_dtype = out_dtype or autocast or X.dtype
+    autocast = autocast_dtype(X)
+    resolved = out_dtype or autocast or X.dtype
     if traced:
         return ops.linear(
-            X, weight, weight_scale, bias, activation_scale, operands, out_dtype, backend
+            X, weight, weight_scale, bias, activation_scale, operands, resolved, backend
         )
-    call = _describe(operands, weight_scale, out_dtype, backend)
-    return _apply(X, weight, weight_scale, bias, activation_scale, call, autocast is not None)
+    call = _describe(operands, weight_scale, resolved, backend)
+    tensors = (X, weight, weight_scale, bias, activation_scale)
+    out = _apply(*tensors, call, autocast is not None)
+    plans.keep(*tensors, block_size, out_dtype, backend, call)
+    return out
 
 
 def fp8_linear_quantized(
@@ -131,7 +139,7 @@ def fp8_linear_quantized(
     matrix = check_quantized(X, operands)
     check_bias(bias, operands.weight.shape[0], weight)
     check_out_dtype(out_dtype)
-    autocast = _autocast_dtype(X.data)
+    autocast = autocast_dtype(X.data)
     out_dtype = out_dtype or autocast or torch.bfloat16
     if traced:
         return ops.linear_quantized(X, weight, weight_scale, bias, operands, out_dtype, backend)
@@ -164,19 +172,11 @@ def explain(
     check_activation_scale(activation_scale, weight)
     check_bias(bias, operands.weight.shape[0], weight)
     check_out_dtype(out_dtype)
-    out_dtype = out_dtype or _autocast_dtype(X) or X.dtype
+    out_dtype = out_dtype or autocast_dtype(X) or X.dtype
     call = _describe(operands, weight_scale, out_dtype, backend)
     m = X.numel() // X.shape[-1]
     problem = describe_call(m, operands.weight, call, bias, activation_scale is not None)
     return decide(problem, X.device, call.allowed)
-
-
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """What autocast wants on the device of `x`; None where it is off."""
-    device_type = x.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
 
 
 def _describe(

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fp8dispatch import generation
 from fp8dispatch.errors import ConfigurationError, UnknownBackendError
 from fp8dispatch.problem import Accuracy
 
@@ -83,6 +84,7 @@ class Statement:
 _NOTHING = Statement()
 _DEFAULT = Policy()
 _in_context: ContextVar[Statement | None] = ContextVar("fp8dispatch_policy", default=None)
+in_context = _in_context.get  # what `use_backend` states here and now; read in every call
 _of_process = _NOTHING
 _of_environment: Statement | None = None
 
@@ -140,12 +142,14 @@ def state_for_process(statement: Statement) -> None:
     """Replace what the process states."""
     global _of_process
     _of_process = statement
+    generation.renew()
 
 
 def reload_environment() -> None:
     """Forget what the environment said; the next call reads it again."""
     global _of_environment
     _of_environment = None
+    generation.renew()
 
 
 def check_backend(backend: str | None, known: tuple[str, ...]) -> None:

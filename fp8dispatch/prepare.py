@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fp8dispatch import generation
 from fp8dispatch.checks import check_dense
 from fp8dispatch.errors import ScaleValueError
 from fp8dispatch.formats import decode_scale
@@ -88,6 +89,7 @@ def invalidate(*tensors: torch.Tensor) -> None:
     for tensor in tensors:
         check_dense("each argument", tensor)
         _entries.pop(id(tensor.untyped_storage()), None)
+    generation.renew()
 
 
 def prepared_bytes(tensor: torch.Tensor) -> int:

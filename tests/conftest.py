@@ -120,6 +120,14 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(autouse=True)
+def nothing_remembered() -> None:
+    """Each test finds its plans anew: one may have replaced what an earlier one rested on."""
+    from fp8dispatch import generation  # not above: some tests watch the package being imported
+
+    generation.renew()
+
+
+@pytest.fixture(autouse=True)
 def poison_empty(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fill every fresh allocation with NaN (integers: their maximum), so unwritten output shows.
 

@@ -350,11 +350,19 @@ def test_recomputation_on_other_threads_keeps_the_backend_of_the_call(
     weight, scale = block_layer(device)
     x = torch.randn(5, K, device=device, requires_grad=True)
     used: list[tuple[str, int]] = []
-    load = registry.load
 
-    def spy(name: str) -> Any:
-        used.append((name, threading.get_ident()))
-        return load(name)
+    def watch(name: str) -> None:
+        backend = registry.load(name)
+        matmul = backend.matmul
+
+        def watched(*arguments: Any) -> torch.Tensor:
+            used.append((name, threading.get_ident()))
+            return matmul(*arguments)
+
+        monkeypatch.setattr(backend, "matmul", watched)
+
+    watch("triton")
+    watch("eager")
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         return fp8_linear(x, weight, scale, backend="triton").sum()
@@ -362,7 +370,6 @@ def test_recomputation_on_other_threads_keeps_the_backend_of_the_call(
     def gradient(loss: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(loss, x)[0]
 
-    monkeypatch.setattr(registry, "load", spy)
     expected = gradient(layer(x))
     loss = checkpoint(layer, x, use_reentrant=False)
     with ThreadPoolExecutor(1) as other:

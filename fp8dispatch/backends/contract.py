@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from packaging.version import Version
 
@@ -19,9 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class Weight:
-    """The weight of one call, checked and oriented.
+class Weight(NamedTuple):
+    """The weight of one call, checked and oriented; made anew in every call, so cheap to make.
 
     Attributes:
         data: [N, K] FP8, any strides.

@@ -5,8 +5,9 @@ in their sources (fbgemm_gpu/experimental/gen_ai/src/quantize/cutlass_extensions
 wheels, and run on an H200:
 
 * ``f8f8bf16_rowwise(xq, wq, x_scale, w_scale, bias, use_fast_accum)``: contiguous e4m3fn, M and N
-  fp32 multipliers (their number is not checked), bias bf16 or fp32 added in fp32. K a multiple of
-  16, N of 8. Kernels for capability 9.0 and 10.0; any other GPU is given the 9.0 kernel.
+  fp32 multipliers (their number is not checked). The product is rounded to the bias's dtype before
+  the two are added, so a bf16 bias would be rounded twice: it is handed over in fp32. K a multiple
+  of 16, N of 8. Kernels for capability 9.0 and 10.0; any other GPU is given the 9.0 kernel.
 * ``f8f8bf16_groupwise(xq, wq, x_scale, w_scale)``: the recipe of 1x128 activation groups and
   128x128 weight blocks. Scales are [K / 128, M] and [K / 128, ceil(N / 128)], both contiguous. It
   checks neither shapes nor strides nor dtypes, and with M not a multiple of 4 the CUDA context is
@@ -126,7 +127,7 @@ class FbgemmFamily(LibraryBackend):
             lambda: weight.scale.reshape(-1).expand(n).clone(),
         )
         if bias is not None:
-            bias = aligned(bias if bias.dtype == torch.bfloat16 else bias.to(torch.float32))
+            bias = aligned(bias.to(torch.float32))
         data, x_scale = aligned(x.data[:m]), row_scales(x.scale, m)
         _check_operand("activations", data, (m, problem.k), torch.float8_e4m3fn)
         _check_operand("activation scales", x_scale, (m,), torch.float32)

@@ -33,6 +33,8 @@ _IMPORT_FAILURES = (
     AttributeError,
     TypeError,
     ValueError,
+    SyntaxError,  # code for another Python; also a SyntaxWarning where warnings are errors
+    Warning,
 )
 
 

@@ -74,7 +74,7 @@ def _rowwise(
     ).t()
     if bias is not None:
         assert bias.dtype in (torch.bfloat16, torch.float32)
-        out = out + bias.double()
+        out = out.to(bias.dtype).double() + bias.double()  # as the kernel's epilogue does
     return out.to(torch.bfloat16)
 
 

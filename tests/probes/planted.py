@@ -62,7 +62,7 @@ def swapped_operands(eager, x, weight, bias, problem):
 def transposed_weight_scale(eager, x, weight, bias, problem):
     """Scales read with the other index running first."""
     scale = weight.scale.t().reshape(weight.scale.shape)
-    return eager.matmul(x, replace(weight, scale=scale), bias, problem)
+    return eager.matmul(x, weight._replace(scale=scale), bias, problem)
 
 
 def transposed_activation_scale(eager, x, weight, bias, problem):
@@ -72,13 +72,13 @@ def transposed_activation_scale(eager, x, weight, bias, problem):
 
 
 def reciprocal_scale(eager, x, weight, bias, problem):
-    return eager.matmul(x, replace(weight, scale=1 / weight.scale), bias, problem)
+    return eager.matmul(x, weight._replace(scale=1 / weight.scale), bias, problem)
 
 
 def rounded_up_scale(eager, x, weight, bias, problem):
     """fp32 scales stored as UE8M0 without quantising the data again."""
     scale = torch.exp2(torch.ceil(torch.log2(weight.scale)))
-    return eager.matmul(x, replace(weight, scale=scale), bias, problem)
+    return eager.matmul(x, weight._replace(scale=scale), bias, problem)
 
 
 def rounded_activation_scale(eager, x, weight, bias, problem):
@@ -141,7 +141,7 @@ def wrong_block_size(eager, x, weight, bias, problem):
     rows, columns = weight.recipe.block_size
     recipe = Recipe(Granularity.BLOCK, (rows // 2, columns))
     scale = weight.scale.repeat(2, 1)
-    return eager.matmul(x, replace(weight, scale=scale, recipe=recipe), bias, problem)
+    return eager.matmul(x, weight._replace(scale=scale, recipe=recipe), bias, problem)
 
 
 def padded_groups(eager, x, weight, bias, problem):
@@ -150,7 +150,7 @@ def padded_groups(eager, x, weight, bias, problem):
     padded = torch.zeros(blocks * (-(-groups // 4) * 4))
     padded[: weight.scale.numel()] = weight.scale.reshape(-1)
     scale = padded.view(blocks, -1)[:, :groups].contiguous()
-    return eager.matmul(x, replace(weight, scale=scale), bias, problem)
+    return eager.matmul(x, weight._replace(scale=scale), bias, problem)
 
 
 def dropped_last_group(eager, x, weight, bias, problem):
@@ -197,7 +197,7 @@ def fast_accumulation(eager, x, weight, bias, problem):
     wide = replace(problem, out_dtype="float32")
     mass = eager.matmul(
         QuantizedActivation(x.data.float().abs().to(x.data.dtype), x.scale),
-        replace(weight, data=weight.data.float().abs().to(weight.data.dtype)),
+        weight._replace(data=weight.data.float().abs().to(weight.data.dtype)),
         None,
         wide,
     )

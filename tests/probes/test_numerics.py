@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -102,7 +100,7 @@ def test_a_quantiser_of_its_own_is_held_to_the_recipe() -> None:
     def _as_rows(weight):
         wide = oracle.dequantized_weight(weight.data, weight.scale, weight.recipe).float()
         scale = wide.abs().amax(1, keepdim=True) / 448
-        return replace(weight, data=(wide / scale).to(weight.data.dtype), scale=scale, recipe=ROW)
+        return weight._replace(data=(wide / scale).to(weight.data.dtype), scale=scale, recipe=ROW)
 
     assert not canary(Coarse()).right
 
