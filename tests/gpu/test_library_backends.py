@@ -65,18 +65,11 @@ def takes(backend: LibraryBackend, case: matrix.Case) -> bool:
     return case.k % align_k == 0 and case.n % align_n == 0
 
 
-def affordable(backend: LibraryBackend, case: matrix.Case) -> bool:
-    """TorchAO times 48 configurations for each N, K and power of two of M: a few of them."""
-    if backend.name != "torchao" or not takes(backend, case):
-        return True
-    return (case.n, case.k) == (264, 512) and case.m in (0, 3, 4, 130)
-
-
 @pytest.mark.parametrize("recipe", matrix.RECIPES)
 def test_numbers_within_bounds_or_a_refusal(backend: LibraryBackend, recipe: str) -> None:
     bench = matrix.Bench("cuda")
     for case in matrix.cases(backend.name, recipe):
-        if not affordable(backend, case):
+        if not matrix.affordable(case):
             continue
         outcome = bench.run(case)
         assert (outcome.refusal is None) == takes(backend, case), f"{case.label}: {outcome.refusal}"
