@@ -2,7 +2,9 @@
 
 Warm, eager, no gradient, on a problem so small that the GPU waits. Each backend's own entry point
 is called directly with everything prepared (``backend.linear`` on a described problem), then
-through `fp8_linear`; the difference is what `fp8_linear` costs over it. Arms alternate.
+through `fp8_linear`; the difference is what `fp8_linear` costs over it. Arms alternate, 20 calls at
+a time, and figures are medians over the rounds. "Front alone" has the computation replaced by a
+function that returns at once: what is left is `fp8_linear`, in a loop that stays in the caches.
 """
 
 from __future__ import annotations
@@ -12,19 +14,20 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 
 import fp8dispatch
 from bench import environment
 from fp8dispatch import registry
-from fp8dispatch.backends.contract import Weight
+from fp8dispatch.backends.contract import Backend, Weight
 from fp8dispatch.errors import BackendUnavailableError
 from fp8dispatch.prepare import weight_scale_fp32
 from fp8dispatch.recipe import BLOCK_128, ROW, Recipe
 
 M, N, K = 16, 256, 256
-CALLS, ROUNDS = 400, 15
+CALLS, ROUNDS = 20, 300
 
 
 def main(path: str, names: tuple[str, ...]) -> None:
@@ -54,11 +57,10 @@ def _time(name: str, recipe: Recipe) -> dict[str, Any] | None:
             "bf16": lambda: torch.nn.functional.linear(x, dense),
         }
         times: dict[str, list[float]] = {arm: [] for arm in arms}
-        for call in arms.values():
-            _us(call)
         for _ in range(ROUNDS):
             for arm, call in arms.items():
                 times[arm].append(_us(call))
+        front = _front(backend, x, data, scale)
     us = {arm: round(statistics.median(values), 2) for arm, values in times.items()}
     over = [
         through - direct
@@ -69,10 +71,27 @@ def _time(name: str, recipe: Recipe) -> dict[str, Any] | None:
         "recipe": str(recipe),
         "us": us,
         "over_entry_us": round(statistics.median(over), 2),
-        "over_entry_spread_us": [round(min(over), 2), round(max(over), 2)],
+        "over_entry_quartiles_us": [round(q, 2) for q in statistics.quantiles(over)],
+        "front_alone_us": front,
     }
     print(row, flush=True)
     return row
+
+
+def _front(backend: Backend, x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> float:
+    """Microseconds of `fp8_linear` around a computation that takes none."""
+    out = fp8dispatch.fp8_linear(x, data, scale, backend=backend.name)
+    weight = data.clone()  # another weight, so that its plan is made anew
+
+    def stub(*_: Any) -> torch.Tensor:
+        return out
+
+    with mock.patch.object(backend, "linear", stub):
+        over = [
+            _us(lambda: fp8dispatch.fp8_linear(x, weight, scale, backend=backend.name)) - _us(stub)
+            for _ in range(ROUNDS)
+        ]
+    return round(statistics.median(over), 2)
 
 
 def _us(call: Callable[[], torch.Tensor]) -> float:

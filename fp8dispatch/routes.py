@@ -1,8 +1,8 @@
 """The order of backends for a problem on a machine: measured routes, and the default behind them.
 
 Measured routes are data, `routes.json`, each with the file that it was measured in: architecture,
-recipe, a range of M, and an order. Backends that a route does not name follow in the default order,
-so that every order names every backend.
+recipe, a range of M, a range of output tiles, and an order. Backends that a route does not name
+follow in the default order, so that every order names every backend.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from importlib import resources
 
 from fp8dispatch.machine import Machine
 from fp8dispatch.problem import LinearProblem
+from fp8dispatch.recipe import ceil_div
+
+TILE = 128
+NO_LIMIT = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class Route:
         capability: compute capability it holds for.
         recipes: recipes it holds for, as they are printed ("tensor", "row", "block 128x128").
         m_min, m_max: rows of the output it holds for, both included.
+        tiles_min, tiles_max: tiles of 128x128 in the output it holds for, both included: how much
+            work there is to share among the multiprocessors.
         order: backends, the fastest first.
         evidence: the result file that shows it.
     """
@@ -32,8 +38,24 @@ class Route:
     recipes: tuple[str, ...]
     m_min: int
     m_max: int
+    tiles_min: int
+    tiles_max: int
     order: tuple[str, ...]
     evidence: str
+
+    def fits(self, problem: LinearProblem, machine: Machine) -> bool:
+        """The route holds for a call on a machine."""
+        return (
+            machine.capability == self.capability
+            and str(problem.recipe) in self.recipes
+            and self.m_min <= problem.m <= self.m_max
+            and self.tiles_min <= tiles(problem) <= self.tiles_max
+        )
+
+
+def tiles(problem: LinearProblem) -> int:
+    """Tiles of 128x128 in the output."""
+    return ceil_div(problem.m, TILE) * ceil_div(problem.n, TILE)
 
 
 @functools.cache
@@ -44,8 +66,10 @@ def measured() -> tuple[Route, ...]:
         Route(
             tuple(entry["capability"]),
             tuple(entry["recipes"]),
-            entry["m_min"],
-            entry["m_max"],
+            entry.get("m_min", 0),
+            entry.get("m_max", NO_LIMIT),
+            entry.get("tiles_min", 0),
+            entry.get("tiles_max", NO_LIMIT),
             tuple(entry["order"]),
             entry["evidence"],
         )
@@ -53,11 +77,11 @@ def measured() -> tuple[Route, ...]:
     )
 
 
-# Where nothing was measured: the vendor's GEMM, then our kernels, then the optional libraries,
-# whose adapters have not been timed yet. TorchAO is the last of them on Hopper, since it times 48
-# configurations at the first call of each size; away from Hopper the others' block kernels do not
-# run at all.
-_HOPPER = ("cublaslt", "triton", "fbgemm", "mslk", "deepgemm", "torchao")
+# Where nothing was measured: on Hopper the libraries that are installed for this, the vendor's GEMM
+# and then ours. Elsewhere the vendor's GEMM and our kernels come first: TorchAO's kernel is as
+# portable as ours and times 48 configurations at the first call of each size, and the block kernels
+# of the others do not run there at all.
+_HOPPER = ("fbgemm", "mslk", "cublaslt", "torchao", "triton", "deepgemm")
 _OTHERS = ("cublaslt", "triton", "torchao", "fbgemm", "mslk", "deepgemm")
 
 
@@ -72,13 +96,8 @@ def order_for(
     if machine.device_type != "cuda":
         # Off the GPU plain torch comes first: the others run in an interpreter at best.
         return _complete(("eager",), known), "plain torch first off the GPU"
-    recipe = str(problem.recipe)
     for route in measured():
-        if (
-            machine.capability == route.capability
-            and recipe in route.recipes
-            and route.m_min <= problem.m <= route.m_max
-        ):
+        if route.fits(problem, machine):
             return _complete(route.order, known), f"measured, {route.evidence}"
     hopper = machine.capability == (9, 0)
     return _complete(_HOPPER if hopper else _OTHERS, known), "default"
