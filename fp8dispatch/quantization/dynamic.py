@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 
 from fp8dispatch.probes.device import runs_kernels
@@ -60,6 +63,14 @@ def quantize(
     return data, scale
 
 
+@functools.cache  # an import statement in every call would cost a microsecond
+def _kernels() -> ModuleType:
+    # Imported late because it imports Triton, which is not a requirement of the package.
+    from fp8dispatch.kernels import quantize_activation
+
+    return quantize_activation
+
+
 def _run_kernel(
     x: torch.Tensor,
     data: torch.Tensor,
@@ -67,9 +78,7 @@ def _run_kernel(
     group_size: int,
     static_scale: torch.Tensor | None,
 ) -> None:
-    # Imported here because it imports Triton, which is not a requirement of the package.
-    from fp8dispatch.kernels import quantize_activation as kernel
-
+    kernel = _kernels()
     if static_scale is not None:
         kernel.quantize_static(x, data, static_scale)
     elif scale.shape[1] == 1:
