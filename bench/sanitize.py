@@ -1,13 +1,16 @@
-"""Runs every Triton kernel once per variant, to be watched by compute-sanitizer.
+"""Runs the kernels of one backend once per variant, to be watched by compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-        python -m bench.sanitize
+        python -m bench.sanitize [BACKEND]
 
-Without torch's memory cache every tensor is an allocation of its own, so a read or write past its
+Without a name these are our Triton kernels in every variant; a library's are run where it takes the
+call. Without torch's memory cache every tensor is an allocation of its own, so a read or write past its
 end is seen. Numbers are checked as well: a kernel that computes nothing would be clean too.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
@@ -17,15 +20,21 @@ from tests import matrix, oracle
 SHAPES = ((1, 256, 512), (3, 201, 333), (37, 264, 1040), (130, 272, 640), (300, 129, 257))
 
 
-def main() -> None:
+def main(backend: str = "triton") -> None:
     """Forward and backward of the matrix's recipes on ragged shapes, all formats and layouts."""
     calls = 0
     bench = matrix.Bench("cuda")
     for recipe in matrix.RECIPES:
         for m, n, k in SHAPES:
-            for static in (False, True):
-                bench.run(matrix.Case("triton", recipe, m, n, k, torch.bfloat16, "float32", static))
-                calls += 1
+            for bias, static in (("none", False), ("float32", False), ("float32", True)):
+                case = matrix.Case(backend, recipe, m, n, k, torch.bfloat16, bias, static)
+                calls += bench.run(case).refusal is None
+    if not calls:
+        sys.exit(f"{backend} took none of the calls")
+    if backend != "triton":
+        torch.cuda.synchronize()
+        print(f"{backend}: {calls} calls, numbers right")
+        return
     for dtype in (torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz):
         for recipe in ("row", "block128x128", "group32"):
             _other_format(dtype, recipe)
@@ -61,4 +70,4 @@ def _transposed() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])
