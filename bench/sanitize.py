@@ -4,8 +4,8 @@
         python -m bench.sanitize [BACKEND]
 
 Without a name these are our Triton kernels in every variant; a library's are run where it takes the
-call. Without torch's memory cache every tensor is an allocation of its own, so a read or write past its
-end is seen. Numbers are checked as well: a kernel that computes nothing would be clean too.
+call. Without torch's memory cache every tensor is an allocation of its own, so a read or write past
+its end is seen. Numbers are checked as well: a kernel that computes nothing would be clean too.
 """
 
 from __future__ import annotations

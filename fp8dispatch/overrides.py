@@ -21,7 +21,9 @@ class use_backend:  # lower case: reads as a verb where it is used, like torch.n
     """State the backends, or the accuracy, for calls in a block or a function.
 
     It holds in this thread or asynchronous task, and the nearest one wins. Backward runs what the
-    forward call was allowed to run, wherever it runs.
+    forward call was allowed to run, wherever it runs. Activation checkpointing calls the function
+    again, later and on another thread, outside of any block: decorate the function that is
+    checkpointed, and the statement is made again with each call of it.
 
         with fp8dispatch.use_backend("triton"): ...
 

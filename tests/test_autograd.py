@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import fp8dispatch
 from fp8dispatch import (
     FrozenWeightError,
     UnsupportedTransformError,
@@ -344,8 +345,9 @@ def test_nothing_is_recorded_without_gradients(device: str) -> None:
     assert fp8_linear(x, weight, scale).grad_fn is not None
 
 
+@pytest.mark.parametrize("stated", ["by the argument", "by a decorator"])
 def test_recomputation_on_other_threads_keeps_the_backend_of_the_call(
-    device: str, monkeypatch: pytest.MonkeyPatch
+    stated: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, scale = block_layer(device)
     x = torch.randn(5, K, device=device, requires_grad=True)
@@ -364,8 +366,15 @@ def test_recomputation_on_other_threads_keeps_the_backend_of_the_call(
     watch("triton")
     watch("eager")
 
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        return fp8_linear(x, weight, scale, backend="triton").sum()
+    if stated == "by the argument":
+
+        def layer(x: torch.Tensor) -> torch.Tensor:
+            return fp8_linear(x, weight, scale, backend="triton").sum()
+    else:
+
+        @fp8dispatch.use_backend("triton")
+        def layer(x: torch.Tensor) -> torch.Tensor:
+            return fp8_linear(x, weight, scale).sum()
 
     def gradient(loss: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(loss, x)[0]
