@@ -112,7 +112,7 @@ def standing(
     if verdict.state == "untested" and not capturing:
         # Could not be tested, for lack of memory say: no reason to distrust what is known to run
         # on this kind of machine, nor to trust anything else.
-        usable = machine.capability in backend.verified_capabilities
+        usable = backend.is_verified(machine)
     return Standing(verdict.state, verdict.reason, usable)
 
 

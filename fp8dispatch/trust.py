@@ -223,7 +223,7 @@ def _find_out(
 def _probe(key: _Key, backend: Backend, device: torch.device, machine: Machine) -> Verdict:
     name, _, recipe = key
     _log.debug("testing the numbers of %s for %s on %s", name, recipe, device)
-    if name in _OURS or machine.capability in backend.verified_capabilities:
+    if name in _OURS or backend.is_verified(machine):
         verdict = _in_process(backend, device, recipe)
     else:
         from fp8dispatch.probes.isolated import run_isolated

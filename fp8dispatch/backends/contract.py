@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from packaging.version import Version
@@ -53,6 +54,8 @@ class Backend(ABC):
     """CUDA compute capabilities it runs on, each named; None means any device."""
     verified_capabilities: ClassVar[tuple[tuple[int, int], ...]] = ()
     """Where its native code has been seen to run; elsewhere its first run is in a child process."""
+    verified_versions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Distribution -> the releases that were seen to run there; empty means any."""
     recipes: ClassVar[frozenset[Granularity]] = frozenset(Granularity)
     weight_dtypes: ClassVar[frozenset[str]]
     out_dtypes: ClassVar[frozenset[str]] = frozenset({"bfloat16", "float16", "float32"})
@@ -61,6 +64,13 @@ class Backend(ABC):
     quantizes_with_kernels: ClassVar[bool | None] = None
     """Quantise with our Triton kernels or in plain torch; None takes the kernels on a GPU."""
     accuracies: ClassVar[frozenset[Accuracy]] = frozenset({Accuracy.EXACT})
+
+    def is_verified(self, machine: Machine) -> bool:
+        """This native code has been seen to run on this kind of machine."""
+        return machine.capability in self.verified_capabilities and all(
+            (found := machine.version(name)) is not None and found.public in releases
+            for name, releases in self.verified_versions.items()
+        )
 
     def refuse_machine(self, machine: Machine) -> tuple[Refusal, ...]:
         """Why the backend cannot run on this machine at all; empty when it can."""

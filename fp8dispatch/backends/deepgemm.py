@@ -18,9 +18,10 @@ DeepGEMM's sources (csrc/apis/gemm.hpp, layout.hpp, smxx_layout.hpp), run on an 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from packaging.version import Version
@@ -53,8 +54,8 @@ class DeepGemm(LibraryBackend):
 
     name = "deepgemm"
     capabilities = ((9, 0),)
-    # Not run through this adapter on a GPU yet: its first run is in a child process everywhere.
-    verified_capabilities = ()
+    verified_capabilities = ((9, 0),)
+    verified_versions: ClassVar[Mapping[str, tuple[str, ...]]] = {_DISTRIBUTION: ("0.1.5.post1",)}
     recipes = frozenset({Granularity.BLOCK})
     align_n = 8
     align_k = 16

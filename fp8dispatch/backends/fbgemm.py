@@ -28,8 +28,8 @@ class Fbgemm(FbgemmFamily):
     first_release = (1, 2)
     block_since = (1, 4)
     blackwell_since = (1, 5)  # the wheel of 1.4.2 has code for 8.0 and 9.0 alone
-    # Not run through this adapter on a GPU yet: its first run is in a child process everywhere.
-    verified_capabilities = ()
+    verified_capabilities = ((9, 0),)
+    verified_versions: ClassVar = {"fbgemm-gpu-genai": ("1.6.0",)}
 
 
 BACKEND = Fbgemm()

@@ -15,9 +15,10 @@ Read in the releases 0.12 to 0.18 and in main (0.19):
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
+from typing import ClassVar
 
 import torch
 
@@ -58,8 +59,8 @@ class TorchAO(LibraryBackend):
     minimum_version = "0.12"
     install_hint = " (pip install torchao)"
     capabilities = ((8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))
-    # Not run through this adapter on a GPU yet: its first run is in a child process everywhere.
-    verified_capabilities = ()
+    verified_capabilities = ((9, 0),)
+    verified_versions: ClassVar[Mapping[str, tuple[str, ...]]] = {"torchao": ("0.17.0",)}
     recipes = frozenset({Granularity.BLOCK})
     align_k = GROUP
     needs_to_load = "torchao with its blockwise_fp8_gemm"

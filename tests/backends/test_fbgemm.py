@@ -317,3 +317,18 @@ def test_the_backends_import_no_library() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("machine", "verified"),
+    [
+        (H200, True),
+        (B200, False),  # another chip
+        (having(H200, fbgemm_gpu_genai="1.6.1+cu130"), False),  # another release
+        (having(H200, fbgemm_gpu_genai=None, fbgemm_gpu_genai_nightly="2026.9.21"), False),
+    ],
+)
+def test_only_the_release_that_was_seen_to_run_is_run_in_this_process_at_once(
+    machine: Machine, verified: bool
+) -> None:
+    assert BACKEND.is_verified(machine) is verified
