@@ -57,7 +57,7 @@ def measured() -> tuple[Route, ...]:
 # whose adapters have not been timed yet. TorchAO is the last of them on Hopper, since it times 48
 # configurations at the first call of each size; away from Hopper the others' block kernels do not
 # run at all.
-_HOPPER = ("cublaslt", "triton", "fbgemm", "mslk", "deepgemm", "torchao")
+_HOPPER = ("cublaslt", "triton", "gluon", "fbgemm", "mslk", "deepgemm", "torchao")
 _OTHERS = ("cublaslt", "triton", "torchao", "fbgemm", "mslk", "deepgemm")
 
 
