@@ -403,7 +403,7 @@ def test_a_new_weight_at_an_old_address_is_read_anew() -> None:
     oracle.assert_matches(operands.run(), expected)
 
 
-@pytest.mark.xdist_group("memory")
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("n", [32_768, 32_769])
 def test_outputs_beyond_32_bit_offsets(n: int) -> None:
     """4.6 GB of output: its last rows lie past 2**31 elements."""
