@@ -19,16 +19,19 @@ import torch
 from fp8dispatch.backends.contract import Weight
 from fp8dispatch.backends.library import GROUP, LibraryBackend, aligned
 from fp8dispatch.errors import Refusal
-from fp8dispatch.formats import activation_float8
-from fp8dispatch.kernels.hopper_config import HopperConfig, choose_config
-from fp8dispatch.kernels.launch import device_limits
+from fp8dispatch.kernels.hopper_config import HopperConfig
 from fp8dispatch.kernels.requirements import GLUON_TRITON, refuse_gluon
 from fp8dispatch.machine import Machine
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.quantization.activation import QuantizedActivation, quantize_activation
 from fp8dispatch.recipe import BLOCK_128, Granularity, ceil_div
-from fp8dispatch.workspace import workspace
+from fp8dispatch.workspace import quantized_activations, workspace
 
+_OUT_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 _PITCH = 4  # fp32 scales of a group start at multiples of 16 bytes
 
 
@@ -40,10 +43,9 @@ class Gluon(LibraryBackend):
     minimum_version = GLUON_TRITON[0]
     capabilities = ((9, 0),)
     verified_capabilities = ()  # not run on a GPU yet: its first run is in a child process
-    out_dtypes = frozenset({"bfloat16", "float16", "float32"})
+    out_dtypes = frozenset(_OUT_DTYPES)
     align_k = 16
     needs_to_load = "triton.experimental.gluon to import"
-    quantizes_with_kernels = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,15 +73,17 @@ class Gluon(LibraryBackend):
         activation_scale: torch.Tensor | None,
         problem: LinearProblem,
     ) -> torch.Tensor:
-        quantized = quantize_activation(
-            x,
-            weight.recipe.group_size(problem.k),
-            activation_float8(weight.data.dtype),
-            activation_scale,
-            align_groups_to=_PITCH,
-            use_kernels=self.quantizes_with_kernels,
-        )
-        return self.matmul(quantized, weight, bias, problem)
+        if activation_scale is not None:
+            given = quantize_activation(x, problem.k, torch.float8_e4m3fn, activation_scale)
+            return self.matmul(given, weight, bias, problem)
+        if self._kernels is None:
+            self.require(weight.recipe)
+        kernels = self._kernels
+        assert kernels is not None  # `require` has loaded them
+        groups = weight.scale.shape[1] if weight.recipe.block_size is not None else 1
+        data, scale = quantized_activations(x.device, problem.m, problem.k, groups)
+        kernels.quantize(x, data, scale, GROUP)
+        return self._product(data, scale, weight, bias, problem, None)
 
     def matmul(
         self,
@@ -105,38 +109,39 @@ class Gluon(LibraryBackend):
                 most its ``block_m`` rows; a "wide" one no N whose output rows are not multiples of
                 16 bytes.
         """
+        return self._product(x.data, x.scale, weight, bias, problem, config)
+
+    def _product(
+        self,
+        data: torch.Tensor,
+        x_scale: torch.Tensor,
+        weight: Weight,
+        bias: torch.Tensor | None,
+        problem: LinearProblem,
+        config: HopperConfig | None,
+    ) -> torch.Tensor:
         if self._kernels is None:
             self.require(weight.recipe)
         kernels = self._kernels
         assert kernels is not None  # `require` has loaded them
-        m, n, k = problem.m, problem.n, problem.k
-        out_dtype: torch.dtype = getattr(torch, problem.out_dtype)
-        data = aligned(x.data[:m])
-        device = data.device
-        if config is None:
-            masked = kernels.is_masked(n, out_dtype)
-            config = choose_config(m, n, k, masked, device_limits(device).multiprocessors)
+        m = problem.m
+        data = _packed(data if data.shape[0] == m else data[:m])
         blockwise = weight.recipe.block_size is not None
-        groups = ceil_div(k, GROUP) if blockwise else 1
-        if config.kind == "decode":
-            x_scale = x.scale[:m].expand(m, groups)
+        weight_scale = _packed(weight.scale if blockwise else weight.scale.view(-1))
+        bias = None if bias is None else _packed(bias)
+        out_dtype = _OUT_DTYPES[problem.out_dtype]
+        plan = kernels.plan_for(m, weight.data, weight_scale, bias, out_dtype, config)
+        groups = weight_scale.shape[1] if blockwise else 1
+        if plan.any_scales:
+            if x_scale.shape != (m, groups):
+                x_scale = x_scale[:m].expand(m, groups)
             if x_scale.data_ptr() % 16:
                 x_scale = x_scale.clone()
         else:
-            x_scale = _m_major(x.scale, m, groups, kernels)
-        weight_scale = aligned(weight.scale if blockwise else weight.scale.reshape(-1))
-        out = torch.empty((m, n), dtype=out_dtype, device=device)
-        needed = config.workspace(m, n)
-        kernels.hopper_linear(
-            data,
-            x_scale,
-            weight.data,
-            weight_scale,
-            None if bias is None else aligned(bias),
-            out,
-            config,
-            workspace(device, *needed) if needed[0] else None,
-        )
+            x_scale = _m_major(x_scale, m, groups, kernels)
+        out = torch.empty((m, problem.n), dtype=out_dtype, device=data.device)
+        needed = workspace(data.device, plan.elements, plan.counters) if plan.elements else None
+        plan.run(data, x_scale, weight.data, weight_scale, bias, out, needed)
         return out
 
     def _load(self) -> tuple[Refusal, ...]:
@@ -144,10 +149,17 @@ class Gluon(LibraryBackend):
         return ()
 
 
+def _packed(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where it is contiguous and aligned, else a copy that is."""
+    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return aligned(tensor)
+
+
 def _m_major(scale: torch.Tensor, m: int, groups: int, kernels: ModuleType) -> torch.Tensor:
     """Scales [M, groups] as a tensor map reads them, copied only where they lie otherwise."""
     if scale.numel() > 1 or m * groups == 1:
-        scale = scale[:m]
+        scale = scale if scale.shape[0] == m else scale[:m]
         if kernels.scales_fit(scale):
             return scale
     laid_out = torch.empty(

@@ -22,6 +22,7 @@ loading code is not allowed then, and would end the capture.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import types
@@ -41,7 +42,7 @@ from fp8dispatch.kernels.gluon_compat import (
     thread_barrier,
     tma_load,
 )
-from fp8dispatch.kernels.launch import on_device_of
+from fp8dispatch.kernels.launch import FP_FUSION, on_device_of
 
 DIRECT_TRITON = ((3, 6),)
 """Releases whose generated launcher was read: arguments, tensor maps and their order."""
@@ -68,23 +69,29 @@ class Kernel:
     """One kernel, compiled for one device and one set of constants.
 
     Args:
-        function: the Gluon function; its parameters are tensor maps first, one for each of
-            `boxes`, then tensors and integers, then `constants` in their order.
+        function: the kernel; its parameters are tensor maps first, one for each of `boxes`, then
+            tensors and integers, then `constants` in their order.
         boxes: what each tensor map copies.
         constants: the constexpr parameters.
         warps: ``num_warps``.
+        fusion: multiplications and additions may merge.
 
     The caller keeps kernels apart (`kernel_for`) by whatever Triton specialises on: dtypes, which
-    arguments are None, and the alignment of addresses, for which every tensor must be aligned to
-    16 bytes. Integers must be exempt from specialisation.
+    arguments are None, the alignment of addresses to 16 bytes, and integers that are not exempt.
     """
 
     def __init__(
-        self, function: Any, boxes: Sequence[Box], constants: dict[str, Any], warps: int
+        self,
+        function: Any,
+        boxes: Sequence[Box],
+        constants: dict[str, Any],
+        warps: int,
+        *,
+        fusion: bool = True,
     ) -> None:
         self._function = function
         self._boxes = tuple(boxes)
-        self._options = {**constants, "num_warps": warps, "enable_fp_fusion": True}
+        self._options = {**constants, "num_warps": warps, "enable_fp_fusion": fusion}
         self._blanks = (None,) * len(constants)  # slots of constants in the C function
         self._maps: tuple[dict[Hashable, tuple[Any, ...]], ...] = tuple({} for _ in boxes)
         self._meta: Sequence[Any] = ()
@@ -113,10 +120,10 @@ class Kernel:
             self._function[(*grid, 1)](*self._descriptors(views), *rest, **self._options)
             return
         arguments: list[Any] = []
-        for place, (tensor, shape, strides) in enumerate(views):
-            maps = self._maps[place]
+        for place, view in enumerate(views):
+            tensor, shape, strides = view
             key = (tensor.data_ptr(), shape, strides)
-            arguments += maps.get(key) or self._encode(place, key, (tensor, shape, strides))
+            arguments += self._maps[place].get(key) or self._encode(place, key, view)
         for value in rest:
             arguments.append(value.data_ptr() if isinstance(value, torch.Tensor) else value)
         stream = torch._C._cuda_getCurrentRawStream(device)
@@ -160,7 +167,7 @@ class Kernel:
         launcher = compiled.run  # loads the code
         if launcher.global_scratch_size or launcher.profile_scratch_size:
             return  # memory for each launch: Triton's own launch provides it
-        self._meta = compiled.metadata.tensordesc_meta
+        self._meta = getattr(compiled.metadata, "tensordesc_meta", None) or ()
         cooperative, programmatic = False, False
         self._head = (
             compiled.function,
@@ -188,6 +195,41 @@ def kernel_for(key: Hashable, make: Callable[[], Kernel]) -> Kernel:
                 _kernels.clear()
             kernel = _kernels.setdefault(key, make())
     return kernel
+
+
+def launch(
+    function: Any, grid: int, arguments: Sequence[Any], constants: dict[str, Any], warps: int
+) -> None:
+    """Launch any Triton kernel of ours without tensor maps as cheaply as a Gluon kernel.
+
+    Args:
+        function: the kernel.
+        grid: programs.
+        arguments: tensors and integers; the first is a tensor of the current device.
+        constants: the constexpr parameters, which follow the arguments.
+        warps: ``num_warps``.
+    """
+    device: int = arguments[0].get_device()
+    exempt = _exempt_of(function)
+    key = (
+        device,
+        id(function),
+        warps,
+        *constants.values(),
+        *[
+            (value.dtype, value.data_ptr() % 16) if isinstance(value, torch.Tensor) else value
+            for place, value in enumerate(arguments)
+            if place not in exempt
+        ],
+    )
+    kernel = kernel_for(key, lambda: Kernel(function, (), constants, warps, fusion=FP_FUSION))
+    kernel((grid, 1), (), arguments, device)
+
+
+@functools.cache
+def _exempt_of(function: Any) -> frozenset[int]:
+    """Places of the integers that a kernel is not specialised on."""
+    return frozenset(place for place, one in enumerate(function.params) if one.do_not_specialize)
 
 
 def direct_launch(device: int) -> bool:

@@ -1,20 +1,26 @@
-"""Launches the Hopper kernels: from tensors to tensor maps, constants and a grid."""
+"""Launches the Hopper kernels: from tensors to tensor maps, constants and a grid.
+
+And our activation quantiser beside them, as cheaply.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 
 from fp8dispatch.kernels.gluon_compat import gl
-from fp8dispatch.kernels.gluon_launch import Box, Kernel, View, kernel_for
-from fp8dispatch.kernels.hopper_config import HopperConfig
+from fp8dispatch.kernels.gluon_launch import Box, Kernel, View, kernel_for, launch
+from fp8dispatch.kernels.hopper_config import HopperConfig, choose_config
 from fp8dispatch.kernels.hopper_decode import hopper_decode
 from fp8dispatch.kernels.hopper_gemm import hopper_gemm
 from fp8dispatch.kernels.hopper_split import hopper_gemm_split
 from fp8dispatch.kernels.launch import ceil_div, device_limits, on_device_of
+from fp8dispatch.kernels.quantize_activation import quantize_groups, quantize_rows
 
+_MOST_PLANS = 8192
 _BUFFERS = 2  # pieces of output that a consumer may have on their way
 _DTYPES = {
     torch.float8_e4m3fn: gl.float8e4nv,
@@ -40,102 +46,146 @@ def scales_fit(scale: torch.Tensor) -> bool:
     return fits_m and fits_k and scale.data_ptr() % 16 == 0
 
 
-def hopper_linear(
-    a: torch.Tensor,
-    a_scale: torch.Tensor,
+def quantize(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, group: int) -> None:
+    """Quantise activations with as cheap a launch; see `quantize_activation` for the arguments.
+
+    One scale for each row where `scale` has one column, else for each row and `group` columns.
+    """
+    if scale.shape[1] == 1:
+        quantize_rows(x, data, scale, launch)
+    else:
+        quantize_groups(x, data, scale, group, launch)
+
+
+class Plan:
+    """Everything about calls of one weight with one number of rows that does not change.
+
+    Attributes:
+        config: the kernel.
+        elements, counters: the workspace that `run` wants; none where `elements` is 0.
+        any_scales: the scales of the activations may have any strides, else `scales_fit` tells.
+    """
+
+    def __init__(
+        self,
+        m: int,
+        b: torch.Tensor,
+        b_scale: torch.Tensor,
+        bias_dtype: torch.dtype | None,
+        out_dtype: torch.dtype,
+        config: HopperConfig | None,
+    ) -> None:
+        n, k = b.shape
+        limits = device_limits(b.device)
+        masked = is_masked(n, out_dtype)
+        if config is None:
+            config = choose_config(m, n, k, masked, limits.multiprocessors)
+        blockwise = b_scale.dim() == 2
+        stride = 0 if b_scale.numel() == 1 else 1
+        self.config = config
+        self.any_scales = config.kind == "decode"
+        self.elements, self.counters = config.workspace(m, n)
+        self._groups = ceil_div(k, 128) if blockwise else 1
+        self._flat = k % 128 != 0
+        self._masked = masked
+        self._device: int = b.get_device()
+        tiles = config.tiles(m, n)
+        if self.any_scales:
+            make: Any = functools.partial(_decode_kernel, config, n, k, blockwise, stride)
+            self._grid = (tiles, config.split)
+        else:
+            make = functools.partial(_gemm_kernel, config, n, k, blockwise, stride, out_dtype)
+            split = config.kind == "split"
+            self._grid = (tiles * config.split if split else min(tiles, limits.multiprocessors), 1)
+        key = (self._device, config, n, k, blockwise, stride, out_dtype, bias_dtype)
+        self._kernel = kernel_for(key, make)
+
+    def run(
+        self,
+        a: torch.Tensor,
+        a_scale: torch.Tensor,
+        b: torch.Tensor,
+        b_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        workspace: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        """Multiply quantised activations by a quantised weight into `out`; nothing is checked.
+
+        Args:
+            a: ``[M, K]`` float8_e4m3fn, contiguous.
+            a_scale: float32 ``[M, ceil(K / 128)]``, or ``[M, 1]`` in the row-wise recipe; strides
+                as `any_scales` says.
+            b: ``[N, K]`` float8_e4m3fn, rows at multiples of 16 bytes.
+            b_scale: contiguous float32 ``[ceil(N / 128), ceil(K / 128)]``; ``[N]`` or ``[1]``
+                (one-dimensional) in the row-wise recipe.
+            bias: ``[N]`` contiguous, any float dtype, or None.
+            out: ``[M, N]`` contiguous; every element is written.
+            workspace: float32 and zeroed int32 memory as the plan wants it, of this stream alone.
+
+        All tensors are on one device and aligned to 16 bytes; K is a multiple of 16.
+        """
+        m, k = a.shape
+        n = b.shape[0]
+        stride = b.stride(0) if n > 1 else k
+        partials, counters = (out, out) if workspace is None else workspace
+        views: tuple[View, ...]
+        rest: tuple[Any, ...]
+        if self.any_scales:
+            if self._flat:
+                views = ((b, (n, k), (stride, 1)), (a, (m, k), (k, 1)))
+            else:
+                blocks = k // 128
+                views = (
+                    (b, (blocks, n, 128), (128, stride, 1)),
+                    (a, (blocks, m, 128), (128, k, 1)),
+                )
+            rest = (a_scale, b_scale, bias, out, partials, counters, m, *a_scale.stride())
+        else:
+            # The pitch of a single group is never used, but must be legal.
+            pitch = a_scale.stride(1) if self._groups > 1 else (m + 3) // 4 * 4
+            views = (
+                (a, (m, k), (k, 1)),
+                (b, (n, k), (stride, 1)),
+                (a_scale, (self._groups, m), (pitch, 1)),
+            )
+            rest = (b_scale, bias, m)
+            if self.config.kind == "split":
+                rest = (b_scale, bias, partials, counters, m)
+            if self._masked:
+                rest = (out, *rest)
+            else:
+                views = (*views, (out, (m, n), (n, 1)))
+        with on_device_of(a):
+            self._kernel(self._grid, views, rest, self._device)
+
+
+_plans: dict[Hashable, Plan] = {}
+
+
+def plan_for(
+    m: int,
     b: torch.Tensor,
     b_scale: torch.Tensor,
     bias: torch.Tensor | None,
-    out: torch.Tensor,
-    config: HopperConfig,
-    workspace: tuple[torch.Tensor, torch.Tensor] | None,
-) -> None:
-    """Multiply quantised activations by a quantised weight into `out`; nothing is checked.
+    out_dtype: torch.dtype,
+    config: HopperConfig | None = None,
+) -> Plan:
+    """The kept plan of a call; the arguments are those of `Plan.run`.
 
     Args:
-        a: ``[M, K]`` float8_e4m3fn, rows at multiples of 16 bytes.
-        a_scale: float32 ``[M, ceil(K / 128)]``, or ``[M, 1]`` in the row-wise recipe. Any strides
-            for decode, else as `scales_fit` tells.
-        b: ``[N, K]`` float8_e4m3fn, rows at multiples of 16 bytes.
-        b_scale: contiguous float32 ``[ceil(N / 128), ceil(K / 128)]``; ``[N]`` or ``[1]``
-            (one-dimensional) in the row-wise recipe.
-        bias: ``[N]`` contiguous, any float dtype, or None.
-        out: ``[M, N]`` contiguous bfloat16, float16 or float32; every element is written.
-        config: the kernel.
-        workspace: float32 and zeroed int32 memory of `HopperConfig.workspace`, of this stream
-            alone; None where it asks for none.
-
-    All tensors are on one device and aligned to 16 bytes.
+        m: rows of the activations.
+        out_dtype: dtype of the output.
+        config: the kernel; by default `choose_config` decides.
     """
-    m, k = a.shape
-    n = b.shape[0]
-    blockwise = b_scale.dim() == 2
-    scale_stride = 0 if b_scale.numel() == 1 else 1
-    masked = is_masked(n, out.dtype)
-    device: int = a.get_device()
-    key = (
-        device,
-        config,
-        n,
-        k,
-        blockwise,
-        scale_stride,
-        out.dtype,
-        None if bias is None else bias.dtype,
-    )
-    partials, counters = (out, out) if workspace is None else workspace
-    make: Any
-    rest: tuple[Any, ...]
-    if config.kind == "decode":
-        make = functools.partial(_decode_kernel, config, n, k, blockwise, scale_stride)
-        views = _decode_views(a, b, k % 128 != 0)
-        strides = a_scale.stride()
-        rest = (a_scale, b_scale, bias, out, partials, counters, m, *strides)
-        grid = (ceil_div(n, config.block_n), config.split)
-    else:
-        make = functools.partial(_gemm_kernel, config, n, k, blockwise, scale_stride, out.dtype)
-        views = _gemm_views(a, a_scale, b, None if masked else out)
-        tiles = config.tiles(m, n)
-        rest = (b_scale, bias, m)
-        if masked:
-            rest = (out, *rest)
-        if config.kind == "split":
-            rest = (*rest[:-1], partials, counters, m)
-            grid = (tiles * config.split, 1)
-        else:
-            grid = (min(tiles, device_limits(a.device).multiprocessors), 1)
-    with on_device_of(a):
-        kernel_for(key, make)(grid, views, rest, device)
-
-
-def _gemm_views(
-    a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None
-) -> list[View]:
-    m, k = a.shape
-    groups = a_scale.shape[1]
-    # The pitch of a single group, and the stride of a single row, are never used but must be legal.
-    pitch = a_scale.stride(1) if groups > 1 else ceil_div(m, 4) * 4
-    views: list[View] = [
-        (a, (m, k), (a.stride(0) if m > 1 else k, 1)),
-        (b, (b.shape[0], k), (b.stride(0) if b.shape[0] > 1 else k, 1)),
-        (a_scale, (groups, m), (pitch, 1)),
-    ]
-    if out is not None:
-        n = out.shape[1]
-        views.append((out, (m, n), (n, 1)))
-    return views
-
-
-def _decode_views(a: torch.Tensor, b: torch.Tensor, flat: bool) -> list[View]:
-    views: list[View] = []
-    for operand in (b, a):
-        rows, k = operand.shape
-        stride = operand.stride(0) if rows > 1 else k
-        if flat:
-            views.append((operand, (rows, k), (stride, 1)))
-        else:
-            views.append((operand, (k // 128, rows, 128), (128, stride, 1)))
-    return views
+    bias_dtype = None if bias is None else bias.dtype
+    key = (m, b.shape, b_scale.shape, b.get_device(), bias_dtype, out_dtype, config)
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = Plan(m, b, b_scale, bias_dtype, out_dtype, config)
+    return plan
 
 
 def _box(block: list[int], dtype: torch.dtype) -> Box:

@@ -132,18 +132,11 @@ def quantize_activation(
     static_scale: torch.Tensor | None = None,
     *,
     pad_rows_to: int = 1,
-    align_groups_to: int = 1,
     use_kernels: bool | None = None,
 ) -> QuantizedActivation:
     """`dynamic.quantize` of [M, K] activations, as one object."""
     return QuantizedActivation(
         *dynamic.quantize(
-            x,
-            group_size,
-            dtype,
-            static_scale,
-            pad_rows_to=pad_rows_to,
-            align_groups_to=align_groups_to,
-            use_kernels=use_kernels,
+            x, group_size, dtype, static_scale, pad_rows_to=pad_rows_to, use_kernels=use_kernels
         )
     )

@@ -16,7 +16,6 @@ def quantize(
     static_scale: torch.Tensor | None = None,
     *,
     pad_rows_to: int = 1,
-    align_groups_to: int = 1,
     use_kernels: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise [M, K] activations with the fastest quantiser of their device.
@@ -27,14 +26,11 @@ def quantize(
         static_scale: one fp32 element instead of computed scales.
         pad_rows_to: allocate rows up to this multiple; `data` and `scale` are then returned with
             the padding rows, which hold zeros with scale 1.
-        align_groups_to: let the scales of each group start at a multiple of this many elements;
-            what lies between them is never written. Our kernels do it, plain torch does not.
         use_kernels: run the Triton kernels or plain torch; None means the kernels on a GPU that
             they run on.
 
     Returns:
-        data [M', K]; scale [M', groups], M-major (strides (1, M'), aligned as asked for), or one
-        element when static.
+        data [M', K]; scale [M', groups], M-major (strides (1, M')), or one element when static.
     """
     if use_kernels is None:
         use_kernels = runs_kernels(x.device)
@@ -45,8 +41,7 @@ def quantize(
     groups = max(ceil_div(k, group_size), 1)
     data = torch.empty((rows, k), dtype=dtype, device=x.device)
     if static_scale is None:
-        pitch = ceil_div(rows, align_groups_to) * align_groups_to
-        scale = torch.empty((groups, pitch), dtype=torch.float32, device=x.device).t()[:rows]
+        scale = torch.empty((groups, rows), dtype=torch.float32, device=x.device).t()
     else:
         scale = static_scale.reshape(1, 1)
     used, used_scale = data, scale

@@ -68,7 +68,7 @@ class Operands:
             self.recipe.group_size(self.k),
             torch.float8_e4m3fn,
             self.given,
-            align_groups_to=self.align,
+            pad_rows_to=self.align,
         )
         self.problem = LinearProblem(
             self.m,
@@ -368,7 +368,7 @@ def test_a_non_finite_row_stays_alone(m: int, bad: float) -> None:
 @pytest.mark.parametrize("m", [5, 130])
 def test_weights_and_activations_in_any_memory(m: int) -> None:
     """Rows with gaps that hold NaN codes, odd addresses, scales in either order, row slices."""
-    operands = Operands(m, 264, 528, BLOCK_128)
+    operands = Operands(m, 264, 528, BLOCK_128, align=1)
     expected = operands.run()
     roomy = torch.full((264, 544), 0x7F, dtype=torch.uint8, device="cuda")
     roomy[:, :528] = operands.data.view(torch.uint8)

@@ -75,9 +75,6 @@ def call(
     x_scale = torch.ones(groups, ceil_div(m, 4) * 4).t()[:m]
     weight = torch.zeros((n, k), dtype=torch.uint8).view(torch.float8_e4m3fn)
     problem = LinearProblem(m, n, k, recipe, "float8_e4m3fn", "float8_e4m3fn", out_dtype, bias)
-    if config is None:
-        masked = hopper_launch.is_masked(n, getattr(torch, out_dtype))
-        config = choose_config(m, n, k, masked, H200.multiprocessors)
     partials = torch.empty(4), torch.zeros(4, dtype=torch.int32)
     gluon.workspace = lambda device, elements, counters: partials
     gluon.BACKEND.multiply(
@@ -87,7 +84,8 @@ def call(
         problem,
         config,
     )
-    return config
+    masked = hopper_launch.is_masked(n, getattr(torch, out_dtype))
+    return config or choose_config(m, n, k, masked, H200.multiprocessors)
 
 
 def wide(m: int, k: int) -> HopperConfig:
