@@ -69,12 +69,9 @@ def quantized_activations(device: torch.device, m: int, k: int, groups: int) -> 
         m, k: rows and columns; a row of FP8 is a multiple of 16 bytes.
         groups: scales for each row.
     """
-    pitch = (m + 3) // 4 * 4
-    data_bytes, scale_bytes = m * k, groups * pitch * 4
-    if data_bytes + scale_bytes > SMALL or torch.cuda.is_current_stream_capturing():
-        return _carve(
-            torch.empty(data_bytes + scale_bytes, dtype=torch.uint8, device=device), m, k, groups
-        )
+    if not takes_turns(m, k, groups):
+        size = _bytes_of(m, k, groups)
+        return _carve(torch.empty(size, dtype=torch.uint8, device=device), m, k, groups)
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     place = (device.index, stream, m, k, groups)
     views = _threads.views
@@ -90,6 +87,16 @@ def quantized_activations(device: torch.device, m: int, k: int, groups: int) -> 
             views.clear()
         found = views[place] = _carve(memory, m, k, groups)
     return found
+
+
+def takes_turns(m: int, k: int, groups: int) -> bool:
+    """Whether a call on the current stream gets memory that stays; not while it is captured."""
+    small = _bytes_of(m, k, groups) <= SMALL
+    return small and not torch.cuda.is_current_stream_capturing()
+
+
+def _bytes_of(m: int, k: int, groups: int) -> int:
+    return m * k + groups * ((m + 3) // 4 * 4) * 4
 
 
 def _carve(memory: torch.Tensor, m: int, k: int, groups: int) -> Quantized:

@@ -65,6 +65,26 @@ Box = tuple[list[int], Any]
 """The block of one copy and its layout in shared memory."""
 
 
+class Repeat:
+    """A direct launch on one stream, ready but for a few addresses."""
+
+    __slots__ = ("_arguments", "_launch", "_places")
+
+    def __init__(
+        self, launch: Callable[..., None], arguments: list[Any], places: tuple[int, ...]
+    ) -> None:
+        self._launch = launch
+        self._arguments = arguments
+        self._places = places
+
+    def __call__(self, *addresses: int) -> None:
+        """Launch with these addresses at the places that change."""
+        arguments = self._arguments.copy()
+        for place, address in zip(self._places, addresses, strict=True):
+            arguments[place] = address
+        self._launch(*arguments)
+
+
 class Kernel:
     """One kernel, compiled for one device and one set of constants.
 
@@ -119,6 +139,37 @@ class Kernel:
         if launch is None:
             self._function[(*grid, 1)](*self._descriptors(views), *rest, **self._options)
             return
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        arguments = self._expanded(views, rest)
+        launch(*grid, 1, stream, *self._head, *arguments, *self._blanks)
+
+    def repeat(
+        self,
+        grid: tuple[int, int],
+        views: Sequence[View],
+        rest: Sequence[Any],
+        device: int,
+        changing: Sequence[int],
+    ) -> Repeat | None:
+        """The same launch again and again on the current stream, with a few new addresses.
+
+        Args:
+            grid, views, rest, device: as in a call; a call like it has been made.
+            changing: places in `rest` of the tensors whose addresses change.
+
+        Returns:
+            None where launches are not direct.
+        """
+        if self._launch is None:
+            return None
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        before = [*grid, 1, stream, *self._head]
+        arguments = [*before, *self._expanded(views, rest), *self._blanks]
+        first = len(arguments) - len(self._blanks) - len(rest)
+        return Repeat(self._launch, arguments, tuple(first + place for place in changing))
+
+    def _expanded(self, views: Sequence[View], rest: Sequence[Any]) -> list[Any]:
+        """Arguments as the C function takes them."""
         arguments: list[Any] = []
         for place, view in enumerate(views):
             tensor, shape, strides = view
@@ -126,8 +177,7 @@ class Kernel:
             arguments += self._maps[place].get(key) or self._encode(place, key, view)
         for value in rest:
             arguments.append(value.data_ptr() if isinstance(value, torch.Tensor) else value)
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        launch(*grid, 1, stream, *self._head, *arguments, *self._blanks)
+        return arguments
 
     def _descriptors(self, views: Sequence[View]) -> list[TensorDescriptor]:
         return [
@@ -198,21 +248,20 @@ def kernel_for(key: Hashable, make: Callable[[], Kernel]) -> Kernel:
 
 
 def launch(
-    function: Any, grid: int, arguments: Sequence[Any], constants: dict[str, Any], warps: int
+    function: Any, programs: int, arguments: Sequence[Any], constants: dict[str, Any], warps: int
 ) -> None:
-    """Launch any Triton kernel of ours without tensor maps as cheaply as a Gluon kernel.
+    """`plain_launch` as cheap as a Gluon kernel's; the first argument is a tensor."""
+    kernel = plain_kernel(function, arguments, constants, warps)
+    kernel((programs, 1), (), arguments, arguments[0].get_device())
 
-    Args:
-        function: the kernel.
-        grid: programs.
-        arguments: tensors and integers; the first is a tensor of the current device.
-        constants: the constexpr parameters, which follow the arguments.
-        warps: ``num_warps``.
-    """
-    device: int = arguments[0].get_device()
+
+def plain_kernel(
+    function: Any, arguments: Sequence[Any], constants: dict[str, Any], warps: int
+) -> Kernel:
+    """The kernel for any of our Triton functions that takes no tensor maps."""
     exempt = _exempt_of(function)
     key = (
-        device,
+        arguments[0].get_device(),
         id(function),
         warps,
         *constants.values(),
@@ -222,8 +271,7 @@ def launch(
             if place not in exempt
         ],
     )
-    kernel = kernel_for(key, lambda: Kernel(function, (), constants, warps, fusion=FP_FUSION))
-    kernel((grid, 1), (), arguments, device)
+    return kernel_for(key, lambda: Kernel(function, (), constants, warps, fusion=FP_FUSION))
 
 
 @functools.cache

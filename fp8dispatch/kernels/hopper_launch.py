@@ -6,21 +6,30 @@ And our activation quantiser beside them, as cheaply.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 
 from fp8dispatch.kernels.gluon_compat import gl
-from fp8dispatch.kernels.gluon_launch import Box, Kernel, View, kernel_for, launch
+from fp8dispatch.kernels.gluon_launch import (
+    Box,
+    Kernel,
+    Repeat,
+    View,
+    kernel_for,
+    launch,
+    plain_kernel,
+)
 from fp8dispatch.kernels.hopper_config import HopperConfig, choose_config
 from fp8dispatch.kernels.hopper_decode import hopper_decode
 from fp8dispatch.kernels.hopper_gemm import hopper_gemm
 from fp8dispatch.kernels.hopper_split import hopper_gemm_split
-from fp8dispatch.kernels.launch import ceil_div, device_limits, on_device_of
+from fp8dispatch.kernels.launch import Launch, ceil_div, device_limits, on_device_of
 from fp8dispatch.kernels.quantize_activation import quantize_groups, quantize_rows
 
 _MOST_PLANS = 8192
+_BIAS, _OUT = 2, 3  # places among the arguments of a decode kernel behind its tensor maps
 _BUFFERS = 2  # pieces of output that a consumer may have on their way
 _DTYPES = {
     torch.float8_e4m3fn: gl.float8e4nv,
@@ -46,15 +55,41 @@ def scales_fit(scale: torch.Tensor) -> bool:
     return fits_m and fits_k and scale.data_ptr() % 16 == 0
 
 
+def repeat_quantize(
+    x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, group: int
+) -> Repeat | None:
+    """A call of `quantize`, made before, that takes other addresses of `x`; None if impossible."""
+    found: list[Repeat | None] = []
+
+    def keep(
+        function: Any,
+        programs: int,
+        arguments: Sequence[Any],
+        constants: dict[str, Any],
+        warps: int,
+    ) -> None:
+        kernel = plain_kernel(function, arguments, constants, warps)
+        found.append(kernel.repeat((programs, 1), (), arguments, x.get_device(), (0,)))
+
+    _quantize(x, data, scale, group, keep)
+    return found[0]
+
+
 def quantize(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, group: int) -> None:
     """Quantise activations with as cheap a launch; see `quantize_activation` for the arguments.
 
     One scale for each row where `scale` has one column, else for each row and `group` columns.
     """
+    _quantize(x, data, scale, group, launch)
+
+
+def _quantize(
+    x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, group: int, how: Launch
+) -> None:
     if scale.shape[1] == 1:
-        quantize_rows(x, data, scale, launch)
+        quantize_rows(x, data, scale, how)
     else:
-        quantize_groups(x, data, scale, group, launch)
+        quantize_groups(x, data, scale, group, how)
 
 
 class Plan:
@@ -125,6 +160,40 @@ class Plan:
 
         All tensors are on one device and aligned to 16 bytes; K is a multiple of 16.
         """
+        views, rest = self._arguments(a, a_scale, b, b_scale, bias, out, workspace)
+        with on_device_of(a):
+            self._kernel(self._grid, views, rest, self._device)
+
+    def repeat(
+        self,
+        a: torch.Tensor,
+        a_scale: torch.Tensor,
+        b: torch.Tensor,
+        b_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        workspace: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> Repeat | None:
+        """A call of a decode kernel, made before, that takes other addresses of output and bias.
+
+        None where that is not possible. The caller keeps the memory of everything else alive.
+        """
+        if not self.any_scales:
+            return None
+        views, rest = self._arguments(a, a_scale, b, b_scale, bias, out, workspace)
+        changing = (_OUT,) if bias is None else (_OUT, _BIAS)
+        return self._kernel.repeat(self._grid, views, rest, self._device, changing)
+
+    def _arguments(
+        self,
+        a: torch.Tensor,
+        a_scale: torch.Tensor,
+        b: torch.Tensor,
+        b_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        workspace: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[tuple[View, ...], tuple[Any, ...]]:
         m, k = a.shape
         n = b.shape[0]
         stride = b.stride(0) if n > 1 else k
@@ -156,8 +225,7 @@ class Plan:
                 rest = (out, *rest)
             else:
                 views = (*views, (out, (m, n), (n, 1)))
-        with on_device_of(a):
-            self._kernel(self._grid, views, rest, self._device)
+        return views, rest
 
 
 _plans: dict[Hashable, Plan] = {}

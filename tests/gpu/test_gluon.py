@@ -340,6 +340,47 @@ def test_streams_and_threads_do_not_share_a_workspace(kind: Callable[..., Hopper
     assert not wrong
 
 
+@pytest.mark.parametrize("recipe", TAKEN)
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_small_linears_repeat_with_other_inputs(m: int, recipe: str) -> None:
+    """From the second call on the launches are ready made: input, bias and output still change."""
+    weights = [oracle.make_weight(n, 1024, TAKEN[recipe], device="cuda") for n in (264, 264, 520)]
+    inputs = [torch.randn(m, 1024, device="cuda", dtype=dtype)
+              for dtype in (torch.bfloat16, torch.bfloat16, torch.float16)]  # fmt: skip
+    strided = torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16)[:, ::2]
+    for turn in range(3):
+        for weight, scale in weights:
+            for x in (*inputs, strided, inputs[0] * (turn + 1)):
+                for bias in (None, torch.randn(weight.shape[0], device="cuda")):
+                    out = fp8dispatch.fp8_linear(x, weight, scale, bias, backend="gluon")
+                    expected = oracle.linear_truth(x, weight, scale, TAKEN[recipe], bias)
+                    oracle.assert_matches(out, expected, label=f"turn {turn}")
+
+
+def test_threads_on_one_stream_do_not_share_their_activations() -> None:
+    weight, scale = oracle.make_weight(264, 2048, BLOCK_128, device="cuda")
+    inputs = [torch.randn(8, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    expected = [fp8dispatch.fp8_linear(x, weight, scale, backend="gluon") for x in inputs]
+    torch.cuda.synchronize()
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        outs = [
+            fp8dispatch.fp8_linear(inputs[index], weight, scale, backend="gluon")
+            for _ in range(300)
+        ]
+        torch.cuda.synchronize()
+        if not all(torch.equal(out, expected[index]) for out in outs):
+            wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
 def test_a_launch_waits_for_its_stream() -> None:
     operands = Operands(130, 264, 512, BLOCK_128)
     expected = operands.run()
