@@ -68,7 +68,7 @@ def prepared(tensor: torch.Tensor, key: Hashable, build: Callable[[], T]) -> T:
         return found
     if _capturing(tensor):
         return build()
-    result = _outside_of_pools(tensor.device, build) if tensor.is_cuda else build()
+    result = outside_of_pools(tensor.device, build) if tensor.is_cuda else build()
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
     if entry is None or not current:
@@ -142,7 +142,7 @@ def _check_values(scale: torch.Tensor, name: str, *, positive: bool) -> None:
     )
 
 
-def _outside_of_pools(device: torch.device, build: Callable[[], T]) -> T:
+def outside_of_pools(device: torch.device, build: Callable[[], T]) -> T:
     """``build()`` on a thread of its own, on the caller's stream.
 
     Before torch.compile captures a CUDA graph it runs the code once, with all that the thread

@@ -29,6 +29,7 @@ _MODULES: dict[str, str] = {
     "deepgemm": "fp8dispatch.backends.deepgemm",
     "cublaslt": "fp8dispatch.backends.cublaslt",
     "triton": "fp8dispatch.backends.triton",
+    "gluon": "fp8dispatch.backends.gluon",
     "torchao": "fp8dispatch.backends.torchao",
     "eager": "fp8dispatch.backends.eager",
 }

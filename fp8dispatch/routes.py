@@ -81,8 +81,8 @@ def measured() -> tuple[Route, ...]:
 # and then ours. Elsewhere the vendor's GEMM and our kernels come first: TorchAO's kernel is as
 # portable as ours and times 48 configurations at the first call of each size, and the block kernels
 # of the others do not run there at all.
-_HOPPER = ("fbgemm", "mslk", "cublaslt", "torchao", "triton", "deepgemm")
-_OTHERS = ("cublaslt", "triton", "torchao", "fbgemm", "mslk", "deepgemm")
+_HOPPER = ("fbgemm", "mslk", "cublaslt", "torchao", "triton", "gluon", "deepgemm")
+_OTHERS = ("cublaslt", "triton", "torchao", "fbgemm", "mslk", "deepgemm", "gluon")
 
 
 def order_for(

@@ -263,8 +263,9 @@ def test_machine_that_cannot_run_a_backend_is_told_without_demands_on_the_call()
         (Policy(("triton",)), "triton", ()),
         (Policy(("eager",)), "eager", ()),
         (Policy(("triton", "cublaslt")), "triton", ("cublaslt",)),
-        (Policy(excluded=("cublaslt",)), "triton", ("eager",)),
-        (Policy(excluded=("cublaslt", "triton")), "eager", ()),
+        (Policy(excluded=("cublaslt",)), "triton", ("gluon", "eager")),
+        (Policy(excluded=("cublaslt", "triton")), "gluon", ("eager",)),
+        (Policy(excluded=("cublaslt", "triton", "gluon")), "eager", ()),
         (Policy(("cublaslt", "eager"), ("cublaslt",)), "eager", ()),
     ],
 )

@@ -6,9 +6,11 @@ limits returned there are small on purpose, so that a persistent loop runs more 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -33,6 +35,18 @@ FP_FUSION = False
 
 The quantisers promise IEEE results, and Triton 3.9 warns that its own default is about to change.
 """
+
+Launch = Callable[[Any, int, Sequence[Any], dict[str, Any], int], None]
+"""Kernel, programs, arguments (tensors and integers), constexpr arguments after them, warps."""
+
+
+def plain_launch(
+    kernel: Any, programs: int, arguments: Sequence[Any], constants: dict[str, Any], warps: int
+) -> None:
+    """Triton's own launch."""
+    options = {**constants, "num_warps": warps, "enable_fp_fusion": FP_FUSION}
+    kernel[(programs,)](*arguments, **options)
+
 
 INTERPRETER_LIMITS = DeviceLimits(capability=(0, 0), multiprocessors=3, shared_memory=101_376)
 

@@ -34,7 +34,13 @@ import triton.language as tl
 from fp8dispatch.formats import AMAX_FLOOR, max_value
 from fp8dispatch.kernels.float8 import NATIVE, encode_float8, kernel_operand
 from fp8dispatch.kernels.interpreter import INTERPRETED
-from fp8dispatch.kernels.launch import FP_FUSION, ceil_div, next_power_of_2, on_device_of
+from fp8dispatch.kernels.launch import (
+    Launch,
+    ceil_div,
+    next_power_of_2,
+    on_device_of,
+    plain_launch,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +53,11 @@ _LONGEST_SINGLE_PASS = 16384  # elements of a row that stay in registers between
 
 
 def quantize_groups(
-    x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, group_size: int
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    group_size: int,
+    launch: Launch = plain_launch,
 ) -> None:
     """Quantise `x` with one scale for each row and `group_size` columns.
 
@@ -56,6 +66,7 @@ def quantize_groups(
         data: ``[M, K]`` output, float8_e4m3fn or float8_e4m3fnuz, last stride 1.
         scale: ``[M, ceil(K / group_size)]`` output, float32, any strides.
         group_size: Columns that share a scale; the last group may be shorter.
+        launch: How the kernel is started.
     """
     m, k = x.shape
     if m == 0 or k == 0:
@@ -63,45 +74,40 @@ def quantize_groups(
     groups = ceil_div(k, group_size)
     padded = next_power_of_2(min(group_size, k))
     if padded > _LONGEST_TILE_GROUP:
-        _quantize_long(x, data, scale, group_size, groups, scale.stride(1))
+        _quantize_long(x, data, scale, group_size, groups, scale.stride(1), launch)
         return
     out, code = kernel_operand(data)
     block_rows, block_groups, warps = _tile(m, groups, padded)
-    grid = (ceil_div(m, block_rows) * ceil_div(groups, block_groups),)
+    programs = ceil_div(m, block_rows) * ceil_div(groups, block_groups)
+    arguments = (
+        x, out, scale, m, k, *x.stride(), out.stride(0), scale.stride(0), scale.stride(1),
+    )  # fmt: skip
+    constants = {
+        "GROUP": group_size,
+        "PADDED": padded,
+        "MAX": max_value(data.dtype),
+        "FORMAT": code,
+        "ROWS": block_rows,
+        "GROUPS": block_groups,
+    }
     with on_device_of(x):
-        _quantize_tile_kernel[grid](
-            x,
-            out,
-            scale,
-            m,
-            k,
-            x.stride(0),
-            x.stride(1),
-            out.stride(0),
-            scale.stride(0),
-            scale.stride(1),
-            GROUP=group_size,
-            PADDED=padded,
-            MAX=max_value(data.dtype),
-            FORMAT=code,
-            ROWS=block_rows,
-            GROUPS=block_groups,
-            num_warps=warps,
-            enable_fp_fusion=FP_FUSION,
-        )
+        launch(_quantize_tile_kernel, programs, arguments, constants, warps)
 
 
-def quantize_rows(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> None:
+def quantize_rows(
+    x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, launch: Launch = plain_launch
+) -> None:
     """Quantise `x` with one scale for each row.
 
     Args:
         x: ``[M, K]``, bfloat16, float16 or float32, any strides.
         data: ``[M, K]`` output, float8_e4m3fn or float8_e4m3fnuz, last stride 1.
         scale: ``[M, 1]`` or ``[M]`` output, float32, any strides.
+        launch: How the kernel is started.
     """
     if x.numel() == 0:
         return
-    _quantize_long(x, data, scale, x.shape[1], 1, 0)
+    _quantize_long(x, data, scale, x.shape[1], 1, 0, launch)
 
 
 def quantize_static(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> None:
@@ -120,24 +126,16 @@ def quantize_static(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) ->
     out, code = kernel_operand(data)
     block_cols = min(next_power_of_2(k), 1024)
     block_rows = max(1, min(next_power_of_2(m), 4096 // block_cols)) if m > 64 else 1
-    grid = (ceil_div(m, block_rows) * ceil_div(k, block_cols),)
+    programs = ceil_div(m, block_rows) * ceil_div(k, block_cols)
+    constants = {
+        "MAX": max_value(data.dtype),
+        "FORMAT": code,
+        "ROWS": block_rows,
+        "COLS": block_cols,
+    }
     with on_device_of(x):
-        _quantize_static_kernel[grid](
-            x,
-            out,
-            scale,
-            m,
-            k,
-            x.stride(0),
-            x.stride(1),
-            out.stride(0),
-            MAX=max_value(data.dtype),
-            FORMAT=code,
-            ROWS=block_rows,
-            COLS=block_cols,
-            num_warps=4,
-            enable_fp_fusion=FP_FUSION,
-        )
+        arguments = (x, out, scale, m, k, *x.stride(), out.stride(0))
+        plain_launch(_quantize_static_kernel, programs, arguments, constants, 4)
 
 
 def _quantize_long(
@@ -147,6 +145,7 @@ def _quantize_long(
     group_size: int,
     groups: int,
     scale_stride_group: int,
+    launch: Launch,
 ) -> None:
     """One program for each row and group."""
     m, k = x.shape
@@ -154,26 +153,19 @@ def _quantize_long(
     padded = next_power_of_2(min(group_size, k))
     single_pass = padded <= _LONGEST_SINGLE_PASS
     block = padded if single_pass else _LONGEST_TILE_GROUP
+    arguments = (
+        x, out, scale, k, group_size, groups,
+        *x.stride(), out.stride(0), scale.stride(0), scale_stride_group,
+    )  # fmt: skip
+    constants = {
+        "MAX": max_value(data.dtype),
+        "FORMAT": code,
+        "SINGLE_PASS": single_pass,
+        "BLOCK": block,
+    }
+    warps = min(16, max(1, block // 1024))
     with on_device_of(x):
-        _quantize_long_kernel[(m * groups,)](
-            x,
-            out,
-            scale,
-            k,
-            group_size,
-            groups,
-            x.stride(0),
-            x.stride(1),
-            out.stride(0),
-            scale.stride(0),
-            scale_stride_group,
-            MAX=max_value(data.dtype),
-            FORMAT=code,
-            SINGLE_PASS=single_pass,
-            BLOCK=block,
-            num_warps=min(16, max(1, block // 1024)),
-            enable_fp_fusion=FP_FUSION,
-        )
+        launch(_quantize_long_kernel, m * groups, arguments, constants, warps)
 
 
 def _tile(m: int, groups: int, padded: int) -> tuple[int, int, int]:

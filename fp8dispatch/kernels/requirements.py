@@ -47,3 +47,27 @@ def refuse_machine(machine: Machine) -> tuple[Refusal, ...]:
         known = ", ".join(f"{major}.{minor}" for major, minor in CAPABILITIES)
         return (Refusal("capability", f"a CUDA device of capability {known}", str(machine)),)
     return ()
+
+
+GLUON_TRITON = ("3.6", "3.9")
+"""First and last minor release that the Gluon kernels are compiled for; 3.6 is what they run on."""
+
+GLUON_CAPABILITY = (9, 0)
+"""Hopper: its warp-group instructions exist on no other GPU."""
+
+
+def refuse_gluon(machine: Machine) -> tuple[Refusal, ...]:
+    """Why the kernels written in Gluon, Triton's lower level, cannot run on this machine."""
+    refusals: list[Refusal] = []
+    first, last = (Version(text).release[:2] for text in GLUON_TRITON)
+    release = machine.release("triton")
+    if release is None or not first <= release[:2] <= last or machine.is_nightly("triton"):
+        need = f"triton {GLUON_TRITON[0]} to {GLUON_TRITON[1]} (Gluon changes with each release)"
+        refusals.append(Refusal("version", need, machine.versions.get("triton", "none")))
+    if machine.triton_interpreter:
+        need = "a GPU (Triton's interpreter knows no Gluon)"
+        refusals.append(Refusal("interpreter", need, "TRITON_INTERPRET"))
+    if machine.is_rocm or machine.capability != GLUON_CAPABILITY:
+        found = f"ROCm on {machine}" if machine.is_rocm else str(machine)
+        refusals.append(Refusal("capability", "a CUDA device of capability 9.0", found))
+    return tuple(refusals)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fp8dispatch import decide, overrides, policy, trust
+from fp8dispatch.backends import gluon
 from fp8dispatch.doctor import devices
 from fp8dispatch.machine import Machine
 from fp8dispatch.probes import device as device_probe
@@ -63,6 +64,8 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
 
         monkeypatch.setattr(devices, "list_gpus", lambda: GpuReport(gpus, problem, "580.159.04"))
         monkeypatch.setattr(device_probe, "describe", describe)
+        # Tests import Triton for its interpreter, which cannot import Gluon afterwards.
+        monkeypatch.setattr(gluon.BACKEND, "_load_refusals", ())
         seen = len(gpus) if seen_by_torch is None else seen_by_torch
         monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
 

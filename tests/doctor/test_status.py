@@ -149,7 +149,7 @@ def test_probe_asks_for_verdicts_and_reports_them(
     report = collect(probe=True, on_step=steps.append)
 
     assert report.probed
-    assert report.exit_code == 0
+    assert report.exit_code == 0, report.findings
     assert ("cublaslt", "row", True) in asked
     assert len(asked) == len(set(asked)), "each question once"
     assert all(may_probe for _, _, may_probe in asked)
