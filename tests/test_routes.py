@@ -43,13 +43,30 @@ def test_off_the_gpu_plain_torch_comes_first() -> None:
     assert sorted(order) == sorted(KNOWN)
 
 
-def test_our_kernels_come_before_libraries_that_were_never_timed() -> None:
+def test_where_nothing_is_measured_the_default_order_holds() -> None:
+    problem = replace(PROBLEM, recipe=TENSOR)
+    order, route = routes.order_for(problem, cuda((9, 0)), KNOWN)
+    assert route == "default"
+    assert order.index("fbgemm") < order.index("torchao") < order.index("triton")
     for capability in ((8, 9), (10, 0), (10, 3), (12, 0), (12, 1)):
         order, _ = routes.order_for(PROBLEM, cuda(capability), KNOWN)
         assert order.index("triton") < order.index("torchao"), capability
-    problem = replace(PROBLEM, recipe=Recipe(Granularity.BLOCK, (48, 80)))
-    order, route = routes.order_for(problem, cuda((9, 0)), KNOWN)
-    assert order.index("triton") < order.index("fbgemm") < order.index("torchao")
+
+
+def test_a_route_can_hold_for_a_range_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = routes.Route((9, 0), ("row",), 65, 512, 0, 100, ("triton",), "few.json")
+    many = replace(few, tiles_min=101, tiles_max=routes.NO_LIMIT, order=("fbgemm",))
+    monkeypatch.setattr(routes, "measured", lambda: (few, many))
+    for m, n, first in (
+        (65, 12_800, "triton"),  # 1 x 100 tiles
+        (128, 12_801, "fbgemm"),
+        (129, 6_400, "triton"),  # 2 x 50
+        (512, 3_328, "fbgemm"),  # 4 x 26
+    ):
+        problem = replace(PROBLEM, m=m, n=n, recipe=ROW)
+        order, _ = routes.order_for(problem, cuda((9, 0)), KNOWN)
+        assert order[0] == first, (m, n)
+    order, route = routes.order_for(replace(PROBLEM, m=64, recipe=ROW), cuda((9, 0)), KNOWN)
     assert route == "default"
 
 

@@ -21,6 +21,7 @@ CUBLAS = ("cublaslt",) * 4
 FEW_OURS = ("triton", "triton", "cublaslt", "cublaslt")
 ONE_OURS = ("triton", "cublaslt", "cublaslt", "cublaslt")
 PLAIN = ("eager",) * 4
+FBGEMM = ("fbgemm",) * 4
 
 TABLE: dict[tuple[str, str], tuple[str, str, str, str]] = {
     # A100: FBGEMM's kernels are SM90's, TorchAO is gated at SM89, torch's scaled_mm
@@ -44,12 +45,12 @@ TABLE: dict[tuple[str, str], tuple[str, str, str, str]] = {
     ("rtx-4090", "block 1x32"): OURS,
     # SM90: torch's row GEMM is equal to FBGEMM's or faster; blocks from torch 2.10 with
     # CUDA >= 12.9. Where the orders differ, bench/results/h200-gemm.json has measured them.
-    ("h100", "tensor"): CUBLAS,
+    ("h100", "tensor"): FBGEMM,  # not measured, so the default order: FBGEMM first on SM90
     ("h100", "row"): FEW_OURS,
     ("h100", "block 128x128"): ONE_OURS,
     ("h100", "block 1x128"): CUBLAS,  # scaled_mm takes 1x128 x 1x128
     ("h100", "block 1x32"): OURS,  # scaled_mm takes 32 only with E8M0 scales and SM100
-    ("h200", "tensor"): CUBLAS,  # as H100, and measured: bench/results/h200-gemm.json
+    ("h200", "tensor"): FBGEMM,  # as H100
     ("h200", "row"): FEW_OURS,
     ("h200", "block 128x128"): ONE_OURS,
     ("h200", "block 1x128"): CUBLAS,

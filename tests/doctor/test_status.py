@@ -129,7 +129,7 @@ def test_untested_backend_is_shown_as_the_first_call_would_choose_it(plant: Plan
     (device,) = collect().devices
 
     tensor = device.routes[0]
-    assert (tensor.backend, tensor.numbers) == ("cublaslt", "untested")
+    assert (tensor.backend, tensor.numbers) == ("fbgemm", "untested")
 
 
 def test_probe_asks_for_verdicts_and_reports_them(
@@ -292,7 +292,7 @@ def test_broken_plugin_is_reported_and_harms_nothing_else(
     (sentence,) = told(report, "degraded")
     assert "on cuda:0 loud needs" in sentence
     assert "as planted" in sentence
-    assert report.devices[0].routes[0].backend == "cublaslt"
+    assert report.devices[0].routes[0].backend == "fbgemm"
 
 
 class Unloadable(LibraryBackend):
