@@ -164,4 +164,5 @@ def describe_call(
         weight.is_contiguous(),
         weight.is_meta or (weight.data_ptr() | weight.stride(0)) % 16 == 0,
         call.allowed.accuracy,
+        call.allowed.batch_invariant,
     )

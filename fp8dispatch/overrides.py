@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from fp8dispatch import policy, registry
-from fp8dispatch.errors import UnknownBackendError
+from fp8dispatch.errors import ConfigurationError, UnknownBackendError
 from fp8dispatch.policy import Statement
 from fp8dispatch.problem import Accuracy
 
@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class use_backend:  # lower case: reads as a verb where it is used, like torch.no_grad
-    """State the backends, or the accuracy, for calls in a block or a function.
+    """State the backends, the accuracy or batch invariance for calls in a block or a function.
 
     It holds in this thread or asynchronous task, and the nearest one wins. Backward runs what the
     forward call was allowed to run, wherever it runs. Activation checkpointing calls the function
@@ -33,15 +33,21 @@ class use_backend:  # lower case: reads as a verb where it is used, like torch.n
     Args:
         backends: a statement such as "triton", "triton,eager" or "-cublaslt"; None leaves it.
         accuracy: "exact" or "fast"; None leaves it.
+        batch_invariant: True lets only backends run that compute a row alike, bit for bit, whatever
+            other rows stand beside it and however many; None leaves it.
 
     Raises:
         UnknownBackendError, ConfigurationError: a statement that cannot be read.
     """
 
     def __init__(
-        self, backends: str | None = None, *, accuracy: str | Accuracy | None = None
+        self,
+        backends: str | None = None,
+        *,
+        accuracy: str | Accuracy | None = None,
+        batch_invariant: bool | None = None,
     ) -> None:
-        self._statement = _statement(backends, accuracy)
+        self._statement = _statement(backends, accuracy, batch_invariant)
         self._tokens: list[Token[Statement | None]] = []
 
     def __enter__(self) -> use_backend:
@@ -58,7 +64,10 @@ class use_backend:  # lower case: reads as a verb where it is used, like torch.n
 
     def __call__(self, function: F) -> F:
         def fresh() -> use_backend:
-            return use_backend(self._statement.backends, accuracy=self._statement.accuracy)
+            said = self._statement
+            return use_backend(
+                said.backends, accuracy=said.accuracy, batch_invariant=said.batch_invariant
+            )
 
         if inspect.iscoroutinefunction(function):
 
@@ -77,26 +86,37 @@ class use_backend:  # lower case: reads as a verb where it is used, like torch.n
         return cast("F", synchronous)
 
 
-def set_backend(backends: str | None = None, *, accuracy: str | Accuracy | None = None) -> None:
-    """State the backends and the accuracy for the whole process; without arguments, unstate them.
+def set_backend(
+    backends: str | None = None,
+    *,
+    accuracy: str | Accuracy | None = None,
+    batch_invariant: bool | None = None,
+) -> None:
+    """State backends, accuracy and batch invariance for the process; without arguments, unstate.
 
     Args:
         backends: a statement such as "triton", "triton,eager" or "-cublaslt"; None for none.
         accuracy: "exact" or "fast"; None for none.
+        batch_invariant: as in `use_backend`; None for none.
 
     Raises:
         UnknownBackendError, ConfigurationError: a statement that cannot be read.
     """
-    policy.state_for_process(_statement(backends, accuracy))
+    policy.state_for_process(_statement(backends, accuracy, batch_invariant))
 
 
-def _statement(backends: str | None, accuracy: str | Accuracy | None) -> Statement:
+def _statement(
+    backends: str | None, accuracy: str | Accuracy | None, batch_invariant: bool | None
+) -> Statement:
     if backends is not None:
         if not isinstance(backends, str) or not backends.strip():
             raise UnknownBackendError(
                 f"backends must be a text such as 'triton' or '-cublaslt', found {backends!r}"
             )
         policy.parse_backends(backends, registry.NAMES)
-    if accuracy is None:
-        return Statement(backends)
-    return Statement(backends, policy.parse_accuracy(accuracy, "accuracy"))
+    if batch_invariant not in (True, False, None):
+        raise ConfigurationError(
+            f"batch_invariant must be True, False or None, found {batch_invariant!r}"
+        )
+    parsed = None if accuracy is None else policy.parse_accuracy(accuracy, "accuracy")
+    return Statement(backends, parsed, batch_invariant)

@@ -11,10 +11,11 @@ The nearest statement wins: the argument ``backend=`` of a call, then `use_backe
 |-------------------------|--------------------------------------------------------------------|
 | `FP8DISPATCH_BACKEND`   | a statement as above                                               |
 | `FP8DISPATCH_ACCURACY`  | `exact` (default) or `fast`: the least exact accumulation allowed  |
+| `FP8DISPATCH_BATCH_INVARIANT` | `1`: a row's result depends on no other row, nor on M     |
 | `FP8DISPATCH_PLUGINS`   | `0` leaves third-party backends alone                              |
 | `FP8DISPATCH_CACHE_DIR` | where verdicts are kept, instead of the user's cache directory     |
 
-The first two are read once, at the first call; `reload_environment` reads them again.
+The first three are read once, at the first call; `reload_environment` reads them again.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ from fp8dispatch.problem import Accuracy
 
 BACKEND_VARIABLE = "FP8DISPATCH_BACKEND"
 ACCURACY_VARIABLE = "FP8DISPATCH_ACCURACY"
+INVARIANT_VARIABLE = "FP8DISPATCH_BATCH_INVARIANT"
 PLUGINS_VARIABLE = "FP8DISPATCH_PLUGINS"
 CACHE_VARIABLE = "FP8DISPATCH_CACHE_DIR"
 # Triton's own variable: it decides, when a kernel is defined, whether CPU tensors can be run.
 _TRITON_INTERPRET = "TRITON_INTERPRET"
+_OFF = ("0", "false", "no", "off")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,12 +53,14 @@ class Policy:
         only: backends to try in this order; empty means the default order.
         excluded: backends never to use.
         accuracy: the least exact class of accumulation allowed.
+        batch_invariant: backend, tile and order of summation must be the same for every M.
         source: who said so, for explanations: "default", "argument backend=" and the like.
     """
 
     only: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
     accuracy: Accuracy = Accuracy.EXACT
+    batch_invariant: bool = False
     source: str = "default"
 
     @property
@@ -75,10 +80,12 @@ class Statement:
     Attributes:
         backends: a text such as "triton", "triton,eager" or "-cublaslt".
         accuracy: the least exact class of accumulation allowed.
+        batch_invariant: whether results may depend on the number of rows.
     """
 
     backends: str | None = None
     accuracy: Accuracy | None = None
+    batch_invariant: bool | None = None
 
 
 _NOTHING = Statement()
@@ -102,11 +109,13 @@ def resolve(backend: str | None, known: tuple[str, ...]) -> Policy:
     check_backend(backend, known)
     places = (("argument backend=", Statement(backend)), *statements(known))
     accuracy = next((said.accuracy for _, said in places if said.accuracy), Accuracy.EXACT)
+    stated = (said.batch_invariant for _, said in places if said.batch_invariant is not None)
+    invariant = next(stated, False)
     for source, said in places:
         if said.backends is not None:
             only, excluded = parse_backends(said.backends, known)
-            return Policy(only, excluded, accuracy, source)
-    return Policy(accuracy=accuracy)
+            return Policy(only, excluded, accuracy, invariant, source)
+    return Policy(accuracy=accuracy, batch_invariant=invariant)
 
 
 def statements(known: tuple[str, ...]) -> tuple[tuple[str, Statement], ...]:
@@ -129,6 +138,9 @@ def enter(statement: Statement) -> Token[Statement | None]:
         Statement(
             outer.backends if statement.backends is None else statement.backends,
             statement.accuracy or outer.accuracy,
+            outer.batch_invariant
+            if statement.batch_invariant is None
+            else statement.batch_invariant,
         )
     )
 
@@ -185,7 +197,7 @@ def parse_backends(text: str, known: tuple[str, ...]) -> tuple[tuple[str, ...], 
 
 def plugins_allowed() -> bool:
     """Third-party backends may be loaded."""
-    return os.environ.get(PLUGINS_VARIABLE, "1").strip().lower() not in ("0", "false", "no", "off")
+    return os.environ.get(PLUGINS_VARIABLE, "1").strip().lower() not in _OFF
 
 
 def cache_directory() -> Path:
@@ -222,11 +234,20 @@ def parse_accuracy(text: str, what: str) -> Accuracy:
     return Accuracy(text)
 
 
+def _parse_switch(text: str, what: str) -> bool:
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in _OFF:
+        return False
+    raise ConfigurationError(f"{what} must be 1 or 0, found {text!r}")
+
+
 def _environment(known: tuple[str, ...]) -> Statement:
     global _of_environment
     if _of_environment is None:
         backends = os.environ.get(BACKEND_VARIABLE, "").strip()
         accuracy = os.environ.get(ACCURACY_VARIABLE, "").strip()
+        invariant = os.environ.get(INVARIANT_VARIABLE, "").strip().lower()
         if backends:
             try:
                 parse_backends(backends, known)
@@ -237,5 +258,6 @@ def _environment(known: tuple[str, ...]) -> Statement:
         _of_environment = Statement(
             backends or None,
             parse_accuracy(accuracy, ACCURACY_VARIABLE) if accuracy else None,
+            _parse_switch(invariant, INVARIANT_VARIABLE) if invariant else None,
         )
     return _of_environment

@@ -35,6 +35,7 @@ class LinearProblem:
         weight_contiguous: its rows lie side by side, without gaps.
         aligned: the weight's memory and its rows start at multiples of 16 bytes.
         accuracy: the least exact class of accumulation that the policy allows.
+        batch_invariant: a row's result may depend on no other row, nor on M.
     """
 
     m: int
@@ -50,11 +51,13 @@ class LinearProblem:
     weight_contiguous: bool = True
     aligned: bool = True
     accuracy: Accuracy = Accuracy.EXACT
+    batch_invariant: bool = False
 
     def __str__(self) -> str:
         static = ", static activations" if self.static_activation else ""
         bias = ", bias" if self.has_bias else ""
+        invariant = ", batch-invariant" if self.batch_invariant else ""
         return (
             f"M={self.m} N={self.n} K={self.k}, {self.recipe}, {self.weight_dtype} weight, "
-            f"{self.out_dtype} output{bias}{static}"
+            f"{self.out_dtype} output{bias}{static}{invariant}"
         )

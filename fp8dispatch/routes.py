@@ -96,7 +96,8 @@ def order_for(
     if machine.device_type != "cuda":
         # Off the GPU plain torch comes first: the others run in an interpreter at best.
         return _complete(("eager",), known), "plain torch first off the GPU"
-    for route in measured():
+    # Measured routes depend on M, and one batch must not be summed as another is not.
+    for route in () if problem.batch_invariant else measured():
         if route.fits(problem, machine):
             return _complete(route.order, known), f"measured, {route.evidence}"
     hopper = machine.capability == (9, 0)

@@ -64,6 +64,8 @@ class Backend(ABC):
     quantizes_with_kernels: ClassVar[bool | None] = None
     """Quantise with our Triton kernels or in plain torch; None takes the kernels on a GPU."""
     accuracies: ClassVar[frozenset[Accuracy]] = frozenset({Accuracy.EXACT})
+    batch_invariant: ClassVar[bool] = False
+    """Computes each row alike whatever M is, bit for bit, where the problem asks for that."""
 
     def is_verified(self, machine: Machine) -> bool:
         """This native code has been seen to run on this kind of machine."""
@@ -120,6 +122,9 @@ class Backend(ABC):
                 )
         if problem.accuracy is Accuracy.EXACT and Accuracy.EXACT not in self.accuracies:
             refusals.append(Refusal("accuracy", "a policy that allows fast accumulation", "exact"))
+        if problem.batch_invariant and not self.batch_invariant:
+            need = "a policy without batch_invariant (how it sums depends on the number of rows)"
+            refusals.append(Refusal("batch-invariance", need, "batch_invariant=True"))
         refusals += self.refuse_call(problem, machine)
         return tuple(refusals)
 

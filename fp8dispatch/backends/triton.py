@@ -16,6 +16,10 @@ from fp8dispatch.machine import Machine
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.quantization.activation import QuantizedActivation
 
+PINNED_ROWS = 64
+"""M whose tile serves every M of a batch-invariant call: short enough for decoding, and tall enough
+for a warpgroup's instruction."""
+
 
 class Triton(Backend):
     """Triton kernels of `fp8dispatch.kernels`, fp32 promotion every 128 of K or sooner."""
@@ -27,6 +31,7 @@ class Triton(Backend):
     verified_capabilities = CAPABILITIES  # compiled on the spot for the device, accesses masked
     weight_dtypes = frozenset(dtype_name(dtype) for dtype in FLOAT8_DTYPES)
     quantizes_with_kernels = True  # also in the interpreter
+    batch_invariant = True
 
     def refuse_machine(self, machine: Machine) -> tuple[Refusal, ...]:
         return refuse_machine(machine)
@@ -49,7 +54,8 @@ class Triton(Backend):
         else:
             groups = weight.scale.shape[1]
             x_scale, weight_scale = x.scale.expand(m, groups), weight.scale
-        scaled_gemm(x.data, x_scale, weight.data, weight_scale, bias, out, block)
+        rows = PINNED_ROWS if problem.batch_invariant else None
+        scaled_gemm(x.data, x_scale, weight.data, weight_scale, bias, out, block, tile_rows=rows)
         return out
 
 

@@ -54,6 +54,7 @@ def scaled_gemm(
     out: torch.Tensor,
     block_size: tuple[int, int] | None,
     config: GemmConfig | None = None,
+    tile_rows: int | None = None,
 ) -> None:
     """Multiply quantised activations by a quantised weight into `out`.
 
@@ -69,6 +70,7 @@ def scaled_gemm(
         block_size: ``(block_n, block_k)`` of the weight scale, any positive integers, or None for
             one scale per row of `a` and of `b`.
         config: The tile, for measuring; by default `choose_config` decides.
+        tile_rows: The M that the tile is chosen for, where it must not depend on `a`.
     """
     m, k = a.shape
     n = b.shape[0]
@@ -79,7 +81,7 @@ def scaled_gemm(
     limits = device_limits(a.device)
     if config is None:
         config = choose_config(
-            m,
+            m if tile_rows is None else tile_rows,
             n,
             block_size=block_size,
             upcast=upcast,
