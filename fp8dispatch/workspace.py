@@ -20,7 +20,7 @@ Quantized = tuple[torch.Tensor, torch.Tensor]
 """FP8 [M, K] and float32 [M, groups] with strides (1, a multiple of 4): 16 bytes."""
 
 SMALL = 4 << 20
-"""Activations up to this many bytes in FP8 are kept in memory that calls take turns with."""
+"""Activations of up to this many bytes, scales included, are kept where calls take turns."""
 
 _MOST_VIEWS = 4096
 _kept: dict[tuple[int, int], Workspace] = {}
@@ -48,7 +48,7 @@ def workspace(device: torch.device, elements: int, counters: int) -> Workspace:
     if torch.cuda.is_current_stream_capturing():
         return _allocate(device, elements, counters)
     index = torch.cuda.current_device() if device.index is None else device.index
-    key = (index, torch.cuda.current_stream(device).cuda_stream)
+    key = (index, torch._C._cuda_getCurrentRawStream(index))
     found = _kept.get(key)
     if found is None or found[0].numel() < elements or found[1].numel() < counters:
         if found is not None:
