@@ -325,10 +325,10 @@ def _finish(child: subprocess.Popen[str], seconds: float) -> tuple[list[dict[str
     return [json.loads(line) for line in out.splitlines() if line.startswith("{")], told
 
 
-def main(path: str) -> None:
-    """Run the parts and write the figures."""
+def main(path: str, parts: list[str]) -> None:
+    """Run the safety part and those named, and write the figures."""
     start = time.monotonic()
-    warm = [f"warm:{n}x{k}" for n, k in WEIGHTS]
+    warm = [f"warm:{n}x{k}" for n, k in WEIGHTS] if parts else []
     children = {kind: _start("safety", kind) for kind in (*SAFETY, *warm)}
     result: dict[str, Any] = {"safety": {}}
     for kind, child in children.items():
@@ -339,7 +339,7 @@ def main(path: str) -> None:
             print(f"{kind}: {told}", flush=True)
     allowed = [kind for kind, told in result["safety"].items() if told == "right"]
     print(f"safe: {', '.join(allowed)} ({time.monotonic() - start:.0f} s)", flush=True)
-    for part in PARTS:
+    for part in parts:
         rows, told = _finish(_start(part, ",".join(allowed)), SECONDS[part] + _GRACE)
         result[part] = rows
         for row in rows:
@@ -364,7 +364,7 @@ def _ratios(result: dict[str, Any]) -> dict[str, Any]:
         for peer in (*PEERS, "bf16"):
             values = [
                 row["us"][peer] / row["us"][row["ours"]]
-                for row in result[part]
+                for row in result.get(part, [])
                 if "us" in row and peer in row["us"] and row["ours"] in row["us"]
             ]
             if values:
@@ -385,11 +385,14 @@ PARTS: dict[str, Callable[[list[str]], Iterator[dict[str, Any]]]] = {
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", nargs="?", help="result file")
+    parser.add_argument(
+        "--parts", nargs="*", choices=PARTS, default=list(PARTS), help="after safety; all of them"
+    )
     parser.add_argument("--child", nargs=2, metavar=("PART", "DETAIL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         _child(*arguments.child, SECONDS[arguments.child[0]])
     elif arguments.out:
-        main(arguments.out)
+        main(arguments.out, arguments.parts)
     else:
         parser.error("a result file is needed")

@@ -2,7 +2,8 @@
 
 Two launches in one stream follow each other, so they may share it; two streams may not. A CUDA
 graph may be replayed on any stream beside anything else, so a launch that is captured gets memory
-of its own, which then belongs to the graph.
+of its own, which then belongs to the graph. Its counters come from a supply that was zeroed before,
+so that a graph does not have to clear them in every replay.
 """
 
 from __future__ import annotations
@@ -20,10 +21,32 @@ Quantized = tuple[torch.Tensor, torch.Tensor]
 """FP8 [M, K] and float32 [M, groups] with strides (1, a multiple of 4): 16 bytes."""
 
 SMALL = 4 << 20
-"""Activations up to this many bytes in FP8 are kept in memory that calls take turns with."""
+"""Activations of up to this many bytes, scales included, are kept where calls take turns."""
 
 _MOST_VIEWS = 4096
+_SUPPLY = 1 << 20  # counters: 4 MB, enough for some thousand captured launches
 _kept: dict[tuple[int, int], Workspace] = {}
+
+
+class _Supply:
+    """Zeroed counters for captured launches, each given away once: a graph keeps its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._counters = torch.zeros(_SUPPLY, dtype=torch.int32, device=device)
+        self._given = 0
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> torch.Tensor | None:
+        """Counters that nobody else has, 16 bytes apart from others; None when they run out."""
+        with self._lock:
+            first = self._given
+            if first + count > _SUPPLY:
+                return None
+            self._given = first + (count + 3) // 4 * 4
+        return self._counters[first : first + count]
+
+
+_supplies: dict[int, _Supply] = {}
 
 
 class _Threads(threading.local):
@@ -45,16 +68,24 @@ def workspace(device: torch.device, elements: int, counters: int) -> Workspace:
         elements: float32 elements at least.
         counters: int32 counters at least; the kernel that uses them leaves them zero.
     """
-    if torch.cuda.is_current_stream_capturing():
-        return _allocate(device, elements, counters)
     index = torch.cuda.current_device() if device.index is None else device.index
-    key = (index, torch.cuda.current_stream(device).cuda_stream)
+    if torch.cuda.is_current_stream_capturing():
+        supply = _supplies.get(index)
+        zeros = None if supply is None else supply.take(counters)
+        if zeros is None:  # none left: the graph clears some of its own
+            return _allocate(device, elements, counters)
+        return torch.empty(elements, dtype=torch.float32, device=device), zeros
+    key = (index, torch._C._cuda_getCurrentRawStream(index))
     found = _kept.get(key)
     if found is None or found[0].numel() < elements or found[1].numel() < counters:
         if found is not None:
             elements, counters = max(elements, found[0].numel()), max(counters, found[1].numel())
         # What torch.compile's graphs allocate from may be given to others behind our back.
         found = _kept[key] = outside_of_pools(device, lambda: _allocate(device, elements, counters))
+        if index not in _supplies:
+            _supplies[index] = outside_of_pools(device, lambda: _Supply(device))
+            if device.type == "cuda":  # a graph may be replayed on any stream
+                torch.cuda.current_stream(device).synchronize()
     return found
 
 
