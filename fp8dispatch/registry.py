@@ -30,6 +30,8 @@ _MODULES: dict[str, str] = {
     "cublaslt": "fp8dispatch.backends.cublaslt",
     "triton": "fp8dispatch.backends.triton",
     "torchao": "fp8dispatch.backends.torchao",
+    "fbgemm_tile": "fp8dispatch.backends.fbgemm_tile",
+    "mslk_tile": "fp8dispatch.backends.mslk_tile",
     "eager": "fp8dispatch.backends.eager",
 }
 

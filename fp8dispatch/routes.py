@@ -56,9 +56,10 @@ def measured() -> tuple[Route, ...]:
 # Where nothing was measured: the vendor's GEMM, then our kernels, then the optional libraries,
 # whose adapters have not been timed yet. TorchAO is the last of them on Hopper, since it times 48
 # configurations at the first call of each size; away from Hopper the others' block kernels do not
-# run at all.
-_HOPPER = ("cublaslt", "triton", "fbgemm", "mslk", "deepgemm", "torchao")
-_OTHERS = ("cublaslt", "triton", "torchao", "fbgemm", "mslk", "deepgemm")
+# run at all. Last are those that a call must name to get.
+_NAMED = ("fbgemm_tile", "mslk_tile")
+_HOPPER = ("cublaslt", "triton", "fbgemm", "mslk", "deepgemm", "torchao", *_NAMED)
+_OTHERS = ("cublaslt", "triton", "torchao", "fbgemm", "mslk", "deepgemm", *_NAMED)
 
 
 def order_for(
