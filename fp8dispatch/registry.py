@@ -31,6 +31,8 @@ _MODULES: dict[str, str] = {
     "triton": "fp8dispatch.backends.triton",
     "gluon": "fp8dispatch.backends.gluon",
     "torchao": "fp8dispatch.backends.torchao",
+    "fbgemm_tile": "fp8dispatch.backends.fbgemm_tile",
+    "mslk_tile": "fp8dispatch.backends.mslk_tile",
     "eager": "fp8dispatch.backends.eager",
 }
 

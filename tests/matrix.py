@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 import fp8dispatch
+from fp8dispatch import registry
 from fp8dispatch.errors import BackendUnavailableError
 from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR, Granularity, Recipe
 from tests import oracle
@@ -106,7 +107,8 @@ class Bench:
         self._key: tuple[object, ...] = ()
 
     def _operands(self, case: Case) -> None:
-        key = (case.recipe, case.m, case.n, case.k, case.static)
+        rows_per_scale = registry.load(case.backend).rows_per_scale
+        key = (case.recipe, case.m, case.n, case.k, case.static, rows_per_scale)
         if key == self._key:
             return
         self._key = key
@@ -120,7 +122,10 @@ class Bench:
         self.activation_scale = torch.tensor([0.013], device=self.device) if case.static else None
         self.wide_weight = oracle.dequantized_weight(self.weight, self.scale, recipe)
         self.wide_x = oracle.dequantized_activations(
-            self.x, recipe, activation_scale=self.activation_scale
+            self.x,
+            recipe,
+            activation_scale=self.activation_scale,
+            rows_per_scale=rows_per_scale,
         )
 
     def run(self, case: Case, accumulation: float = oracle.EXACT_ACCUMULATION) -> Outcome:

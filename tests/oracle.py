@@ -83,17 +83,22 @@ def dequantized_activations(
     recipe: Recipe,
     weight_dtype: torch.dtype = torch.float8_e4m3fn,
     activation_scale: torch.Tensor | None = None,
+    rows_per_scale: int = 1,
 ) -> torch.Tensor:
-    """[M, K] float64 of the activations as the design says they are quantised."""
+    """[M, K] float64 of the activations as the design says they are quantised.
+
+    `rows_per_scale` is 128 for the backends that must be named, which scale tiles of tokens.
+    """
     flat = x.detach().reshape(-1, x.shape[-1])
     dtype = activation_float8(weight_dtype)
     if activation_scale is not None:
         data = eager.quantize_static(flat, activation_scale.float(), dtype)
         return data.float().double() * activation_scale.double()
     group = min(recipe.group_size(flat.shape[1]), flat.shape[1])
-    data, scale = eager.quantize_grid(flat, 1, group, dtype)
+    data, scale = eager.quantize_grid(flat, rows_per_scale, group, dtype)
+    row_of = torch.arange(flat.shape[0], device=x.device) // rows_per_scale
     column_of = torch.arange(flat.shape[1], device=x.device) // group
-    return data.float().double() * scale.double()[:, column_of]
+    return data.float().double() * scale.double()[row_of][:, column_of]
 
 
 def truth(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Truth:
@@ -111,12 +116,13 @@ def linear_truth(
     recipe: Recipe,
     bias: torch.Tensor | None = None,
     activation_scale: torch.Tensor | None = None,
+    rows_per_scale: int = 1,
 ) -> Truth:
     """What `fp8_linear` of these arguments should give, rows flattened: [M, N]."""
     bias = None if bias is None else bias.detach()
     decoded = None if activation_scale is None else decode_scale(activation_scale.detach())
     return truth(
-        dequantized_activations(x, recipe, weight.dtype, decoded),
+        dequantized_activations(x, recipe, weight.dtype, decoded, rows_per_scale),
         dequantized_weight(weight.detach(), scale.detach(), recipe),
         bias,
     )

@@ -70,6 +70,13 @@ def test_a_route_can_hold_for_a_range_of_tiles(monkeypatch: pytest.MonkeyPatch) 
     assert route == "default"
 
 
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0)])
+def test_what_must_be_named_comes_last_of_ours(capability: tuple[int, int]) -> None:
+    known = ("mslk_tile", "fbgemm_tile", *KNOWN)
+    order, _ = routes.order_for(replace(PROBLEM, recipe=TENSOR), cuda(capability), known)
+    assert order[-4:] == ("fbgemm_tile", "mslk_tile", "plugin", "eager")
+
+
 def test_every_measured_route_names_known_backends_and_an_existing_result_file() -> None:
     root = Path(__file__).parent.parent
     assert routes.measured()

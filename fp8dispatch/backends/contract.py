@@ -66,6 +66,19 @@ class Backend(ABC):
     accuracies: ClassVar[frozenset[Accuracy]] = frozenset({Accuracy.EXACT})
     batch_invariant: ClassVar[bool] = False
     """Computes each row alike whatever M is, bit for bit, where the problem asks for that."""
+    opt_in: ClassVar[str] = ""
+    """Why it runs only where the policy names it, worded to follow "since"; empty: no need to."""
+    rows_per_scale: ClassVar[int] = 1
+    """Rows of dynamic activations that share a scale. More than 1 is another recipe, with other
+    numbers than everybody else's, and therefore needs `opt_in`."""
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.rows_per_scale != 1 and not cls.opt_in:
+            raise TypeError(
+                f"{cls.__name__} needs opt_in to say why it must be named, found "
+                f"rows_per_scale={cls.rows_per_scale}, whose numbers nobody may get unasked"
+            )
 
     def is_verified(self, machine: Machine) -> bool:
         """This native code has been seen to run on this kind of machine."""
@@ -172,6 +185,7 @@ class Backend(ABC):
             activation_scale,
             pad_rows_to=self.row_multiple(problem),
             use_kernels=self.quantizes_with_kernels,
+            rows_per_scale=self.rows_per_scale,
         )
         return self.matmul(quantized, weight, bias, problem)
 
@@ -187,7 +201,9 @@ class Backend(ABC):
 
         Args:
             x: data [M, K], or with rows beyond M as `row_multiple` asks for them; scale
-                [rows, groups], M-major when it comes from `linear`, or [1, 1].
+                [ceil(rows / rows_per_scale), groups], M-major when it comes from `linear`, or
+                [1, 1]. Operands that a caller quantised have a scale for each row: a backend
+                with another `rows_per_scale` raises BackendUnavailableError for them.
             weight, bias, problem: as in `linear`.
 
         Returns:

@@ -54,7 +54,7 @@ class DeepGemm(LibraryBackend):
 
     name = "deepgemm"
     capabilities = ((9, 0),)
-    verified_capabilities = ((9, 0),)
+    verified_capabilities: ClassVar[tuple[tuple[int, int], ...]] = ((9, 0),)
     verified_versions: ClassVar[Mapping[str, tuple[str, ...]]] = {_DISTRIBUTION: ("0.1.5.post1",)}
     recipes = frozenset({Granularity.BLOCK})
     align_n = 8

@@ -6,6 +6,7 @@ numbers (pytorch/FBGEMM#5002).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from fp8dispatch.backends.fbgemm_family import FbgemmFamily
@@ -28,8 +29,8 @@ class Fbgemm(FbgemmFamily):
     first_release = (1, 2)
     block_since = (1, 4)
     blackwell_since = (1, 5)  # the wheel of 1.4.2 has code for 8.0 and 9.0 alone
-    verified_capabilities = ((9, 0),)
-    verified_versions: ClassVar = {"fbgemm-gpu-genai": ("1.6.0",)}
+    verified_capabilities: ClassVar[tuple[tuple[int, int], ...]] = ((9, 0),)
+    verified_versions: ClassVar[Mapping[str, tuple[str, ...]]] = {"fbgemm-gpu-genai": ("1.6.0",)}
 
 
 BACKEND = Fbgemm()

@@ -14,7 +14,8 @@ wheels, and run on an H200:
   lost, so M is padded always and every operand is checked here. Capability 9.0 only: elsewhere
   the kernel prints a line and returns without computing.
 * ``f8f8bf16_blockwise`` scales activations in 128x128 tiles. That is another recipe, with other
-  numbers; it is never put in the place of 1x128 groups, and is not offered here.
+  numbers; it is never put in the place of 1x128 groups, and is a backend of its own
+  (`fbgemm_tile`) that runs only where it is named.
 
 Each release loads with one torch minor and declares none. Importing both libraries into a process
 registers some operators twice, so whichever loads second is refused.
@@ -57,7 +58,7 @@ _M_ALIGN = 4  # x_scale of groupwise is read by bulk copies of 16 bytes along M
 class FbgemmFamily(LibraryBackend):
     """FP8 GEMMs of one of the two libraries."""
 
-    capabilities = (_HOPPER, _BLACKWELL)
+    capabilities: ClassVar[tuple[tuple[int, int], ...]] = (_HOPPER, _BLACKWELL)
     accuracies = frozenset({Accuracy.EXACT, Accuracy.FAST})
     align_n = 8
     align_k = 16
@@ -76,6 +77,8 @@ class FbgemmFamily(LibraryBackend):
     """First release whose block kernel is right."""
     blackwell_since: ClassVar[tuple[int, int]]
     """First release whose wheels all hold code for capability 10.0."""
+    block_operator: ClassVar[str] = GROUPWISE
+    """The operator that the block recipe runs on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +113,7 @@ class FbgemmFamily(LibraryBackend):
         self.require(weight.recipe)
         with on_device(weight.data):
             if weight.recipe.granularity is Granularity.BLOCK:
-                return self._groupwise(x, weight, problem)
+                return self._blocks(x, weight, problem)
             return self._rowwise(x, weight, bias, problem)
 
     def _rowwise(
@@ -129,13 +132,13 @@ class FbgemmFamily(LibraryBackend):
         if bias is not None:
             bias = aligned(bias.to(torch.float32))
         data, x_scale = aligned(x.data[:m]), row_scales(x.scale, m)
-        _check_operand("activations", data, (m, problem.k), torch.float8_e4m3fn)
-        _check_operand("activation scales", x_scale, (m,), torch.float32)
-        _check_operand("weight scales", spread, (n,), torch.float32)
+        check_operand("activations", data, (m, problem.k), torch.float8_e4m3fn)
+        check_operand("activation scales", x_scale, (m,), torch.float32)
+        check_operand("weight scales", spread, (n,), torch.float32)
         fast = problem.accuracy is Accuracy.FAST
         return self._ops[ROWWISE](data, weight.data, x_scale, spread, bias, fast)
 
-    def _groupwise(
+    def _blocks(
         self, x: QuantizedActivation, weight: Weight, problem: LinearProblem
     ) -> torch.Tensor:
         rows = ceil_div(problem.m, _M_ALIGN) * _M_ALIGN
@@ -147,10 +150,10 @@ class FbgemmFamily(LibraryBackend):
         )
         data, x_scale = padded_rows(x.data, rows), group_scales(x.scale, rows, groups)
         # Whatever is wrong here would be computed all the same, or end the CUDA context.
-        _check_operand("activations", data, (rows, groups * GROUP), torch.float8_e4m3fn)
-        _check_operand("weight", weight.data, (problem.n, groups * GROUP), torch.float8_e4m3fn)
-        _check_operand("activation scales", x_scale, (groups, rows), torch.float32)
-        _check_operand("weight scales", weight_scale, (groups, blocks), torch.float32)
+        check_operand("activations", data, (rows, groups * GROUP), torch.float8_e4m3fn)
+        check_operand("weight", weight.data, (problem.n, groups * GROUP), torch.float8_e4m3fn)
+        check_operand("activation scales", x_scale, (groups, rows), torch.float32)
+        check_operand("weight scales", weight_scale, (groups, blocks), torch.float32)
         out = self._ops[GROUPWISE](data, weight.data, x_scale, weight_scale)
         return out[: problem.m]
 
@@ -165,13 +168,13 @@ class FbgemmFamily(LibraryBackend):
                 ),
             )
         import_module(self.module)
-        for name in (ROWWISE, GROUPWISE):
+        for name in (ROWWISE, self.block_operator):
             if _has_cuda_kernel(self.namespace, name):
                 self._ops[name] = getattr(getattr(torch.ops, self.namespace), name).default
         return ()
 
     def _refuse_entry(self, recipe: Recipe) -> tuple[Refusal, ...]:
-        name = GROUPWISE if recipe.granularity is Granularity.BLOCK else ROWWISE
+        name = self.block_operator if recipe.granularity is Granularity.BLOCK else ROWWISE
         if name in self._ops:
             return ()
         need = f"a CUDA kernel of torch.ops.{self.namespace}.{name}"
@@ -216,7 +219,8 @@ class FbgemmFamily(LibraryBackend):
             return (Refusal("rocm", need, f"ROCm on {machine}"),)
         if machine.capability in self.capabilities:
             return ()
-        need = "a CUDA device of capability 9.0 or 10.0"
+        known = " or ".join(f"{major}.{minor}" for major, minor in self.capabilities)
+        need = f"a CUDA device of capability {known}"
         if machine.is_consumer:
             need += " (consumer chips are given the kernels of 9.0, which do not run there)"
         return (Refusal("capability", need, str(machine)),)
@@ -240,9 +244,14 @@ def _refuse_group_columns(problem: LinearProblem) -> tuple[Refusal, ...]:
     return (Refusal("align-k", need, f"K={problem.k}"),)
 
 
-def _check_operand(
+def check_operand(
     name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
+    """Hold an operand to the layout that a kernel reads without looking.
+
+    Raises:
+        RuntimeError: another shape, dtype or layout.
+    """
     if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
         raise RuntimeError(
             f"the {name} must be contiguous {list(shape)} {dtype}, found {list(tensor.shape)} "

@@ -59,7 +59,7 @@ class TorchAO(LibraryBackend):
     minimum_version = "0.12"
     install_hint = " (pip install torchao)"
     capabilities = ((8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))
-    verified_capabilities = ((9, 0),)
+    verified_capabilities: ClassVar[tuple[tuple[int, int], ...]] = ((9, 0),)
     verified_versions: ClassVar[Mapping[str, tuple[str, ...]]] = {"torchao": ("0.17.0",)}
     recipes = frozenset({Granularity.BLOCK})
     align_k = GROUP

@@ -108,7 +108,7 @@ class _Case:
 class _Operands:
     """The tensors of one case, on the CPU and on the device, and the truth in float64."""
 
-    def __init__(self, case: _Case, device: torch.device) -> None:
+    def __init__(self, case: _Case, device: torch.device, rows_per_scale: int) -> None:
         problem, self.case = case.problem, case
         generator = torch.Generator(device="cpu").manual_seed(case.seed)
         recipe, k = problem.recipe, problem.k
@@ -119,12 +119,16 @@ class _Operands:
         static = None
         if problem.static_activation:
             static = (x.float().abs().amax() / max_value(dtype)).reshape(1)
-        plain = quantize_activation(x, group, dtype, static, use_kernels=False)
+        plain = quantize_activation(
+            x, group, dtype, static, use_kernels=False, rows_per_scale=rows_per_scale
+        )
         bias = None
         if case.bias_dtype is not None:
             bias = _normal((problem.n,), generator).to(getattr(torch, case.bias_dtype))
 
-        wide_x = plain.data.float().double() * _spread(plain.scale, 1, group, plain.data.shape)
+        wide_x = plain.data.float().double() * _spread(
+            plain.scale, rows_per_scale, group, plain.data.shape
+        )
         rows = 1 if recipe.granularity is not Granularity.TENSOR else problem.n
         rows = rows if recipe.block_size is None else recipe.block_size[0]
         wide_weight = data.float().double() * _spread(
@@ -190,7 +194,7 @@ def run_canary(backend: Backend, device: torch.device, recipe: Recipe) -> Canary
     worst = 0.0
     with torch.autocast(device.type, enabled=False):
         for case in cases:
-            operands = _Operands(case, device)
+            operands = _Operands(case, device, backend.rows_per_scale)
             out = operands.run(backend)
             synchronize(device)
             share, problem = _judge(out, operands)

@@ -133,11 +133,18 @@ def quantize_activation(
     *,
     pad_rows_to: int = 1,
     use_kernels: bool | None = None,
+    rows_per_scale: int = 1,
 ) -> QuantizedActivation:
     """`dynamic.quantize` of [M, K] activations, as one object."""
     return unchecked(
         *dynamic.quantize(
-            x, group_size, dtype, static_scale, pad_rows_to=pad_rows_to, use_kernels=use_kernels
+            x,
+            group_size,
+            dtype,
+            static_scale,
+            pad_rows_to=pad_rows_to,
+            use_kernels=use_kernels,
+            rows_per_scale=rows_per_scale,
         )
     )
 

@@ -20,6 +20,7 @@ def quantize(
     *,
     pad_rows_to: int = 1,
     use_kernels: bool | None = None,
+    rows_per_scale: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise [M, K] activations with the fastest quantiser of their device.
 
@@ -31,20 +32,25 @@ def quantize(
             the padding rows, which hold zeros with scale 1.
         use_kernels: run the Triton kernels or plain torch; None means the kernels on a GPU that
             they run on.
+        rows_per_scale: rows that share a computed scale; plain torch alone takes more than one.
 
     Returns:
-        data [M', K]; scale [M', groups], M-major (strides (1, M')), or one element when static.
+        data [M', K]; scale [S, groups] for S = ceil(M' / rows_per_scale), M-major (strides
+        (1, S)), or one element when static.
     """
+    if rows_per_scale > 1:
+        use_kernels = False
     if use_kernels is None:
         use_kernels = runs_kernels(x.device)
     m, k = x.shape
     rows = ceil_div(m, pad_rows_to) * pad_rows_to
     if rows == m and not use_kernels:
-        return quantize_eager(x, group_size, dtype, static_scale)
+        return quantize_eager(x, group_size, dtype, static_scale, rows_per_scale)
     groups = max(ceil_div(k, group_size), 1)
     data = torch.empty((rows, k), dtype=dtype, device=x.device)
     if static_scale is None:
-        scale = torch.empty((groups, rows), dtype=torch.float32, device=x.device).t()
+        grid = (groups, ceil_div(rows, rows_per_scale))
+        scale = torch.empty(grid, dtype=torch.float32, device=x.device).t()
     else:
         scale = static_scale.reshape(1, 1)
     used, used_scale = data, scale
@@ -52,12 +58,13 @@ def quantize(
         data[m:].view(torch.uint8).zero_()
         used = data[:m]
         if static_scale is None:
-            scale[m:].fill_(1.0)
-            used_scale = scale[:m]
+            scaled = ceil_div(m, rows_per_scale)
+            scale[scaled:].fill_(1.0)
+            used_scale = scale[:scaled]
     if use_kernels:
         _run_kernel(x, used, used_scale, group_size, static_scale)
     else:
-        plain, plain_scale = quantize_eager(x, group_size, dtype, static_scale)
+        plain, plain_scale = quantize_eager(x, group_size, dtype, static_scale, rows_per_scale)
         used.copy_(plain)
         used_scale.copy_(plain_scale)
     return data, scale
@@ -88,12 +95,19 @@ def _run_kernel(
 
 
 def quantize_eager(
-    x: torch.Tensor, group_size: int, dtype: torch.dtype, static_scale: torch.Tensor | None = None
+    x: torch.Tensor,
+    group_size: int,
+    dtype: torch.dtype,
+    static_scale: torch.Tensor | None = None,
+    rows_per_scale: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in plain torch, without padding: what `eager` uses, and what defines the numbers."""
     if static_scale is not None:
         data = eager.quantize_static(x, static_scale, dtype)
         return data, static_scale.reshape(1, 1)
     columns = min(group_size, max(x.shape[1], 1))
-    data, scale = eager.quantize_grid(x, 1, columns, dtype)
+    if rows_per_scale > 1:
+        data, scale = eager.quantize_tiles(x, rows_per_scale, columns, dtype)
+    else:
+        data, scale = eager.quantize_grid(x, 1, columns, dtype)
     return data, scale.t().contiguous().t()

@@ -40,6 +40,22 @@ def quantize_grid(
     return cast(x.float() / expand_grid(scale, rows, columns, x.shape), dtype), scale
 
 
+def quantize_tiles(
+    x: torch.Tensor, rows: int, columns: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_grid` of activations [M, K], where a row that is not finite spoils no other one.
+
+    Such a row counts for no scale and becomes NaN throughout; the others are quantised as if it
+    were zero.
+    """
+    rows = min(rows, max(x.shape[0], 1))  # the same grid, without padding a few rows to a tile
+    finite = torch.isfinite(x).all(dim=1, keepdim=True)
+    counted = torch.where(finite, x.float(), 0.0)
+    scale = scale_of(grid_amax(counted, rows, columns), dtype)
+    quotient = counted / expand_grid(scale, rows, columns, x.shape)
+    return cast(torch.where(finite, quotient, torch.nan), dtype), scale
+
+
 def grid_amax(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Largest magnitude of each `rows` x `columns` block of [R, C], fp32; NaN wins."""
     r, c = x.shape

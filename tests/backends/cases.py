@@ -75,6 +75,7 @@ class Call:
     bias_dtype: torch.dtype | None = None
     static: bool = False
     accuracy: Accuracy = Accuracy.EXACT
+    rows_per_scale: int = 1
 
     def __post_init__(self) -> None:
         self.data, self.scale = oracle.make_weight(self.n, self.k, self.recipe)
@@ -109,7 +110,13 @@ class Call:
         assert out.shape == (self.m, self.n)
         assert out.dtype == torch.bfloat16
         expected = oracle.linear_truth(
-            self.x, self.data, self.scale, self.recipe, self.bias, self.activation_scale
+            self.x,
+            self.data,
+            self.scale,
+            self.recipe,
+            self.bias,
+            self.activation_scale,
+            self.rows_per_scale,
         )
         # A row of a few columns is judged by element; see `oracle.assert_matches`.
         floor = None if self.n >= 128 else 40.0
@@ -124,7 +131,12 @@ class Call:
         """So do quantised ones, however they lie in memory."""
         group = self.recipe.group_size(self.k)
         plain = quantize_activation(
-            self.x, group, torch.float8_e4m3fn, self.activation_scale, use_kernels=False
+            self.x,
+            group,
+            torch.float8_e4m3fn,
+            self.activation_scale,
+            use_kernels=False,
+            rows_per_scale=self.rows_per_scale,
         )
         wide = torch.zeros(self.m, self.k + 19, dtype=torch.uint8)
         wide[:, 3 : self.k + 3] = plain.data.view(torch.uint8)

@@ -26,6 +26,10 @@ ROWWISE = (
     "bool use_fast_accum=True) -> Tensor"
 )
 GROUPWISE = "f8f8bf16_groupwise(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale) -> Tensor"
+BLOCKWISE = (
+    "f8f8bf16_blockwise(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale, int block_m=128, "
+    "int block_n=128, int block_k=128) -> Tensor"
+)
 
 
 class ContextLost(BaseException):
@@ -95,6 +99,33 @@ def _groupwise(
     return (wide_x @ wide_w.t()).to(torch.bfloat16)
 
 
+def _blockwise(
+    xq: torch.Tensor,
+    wq: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    block_m: int = 128,
+    block_n: int = 128,
+    block_k: int = 128,
+) -> torch.Tensor:
+    (m, k), n = xq.shape, wq.shape[0]
+    CALLS.enter("blockwise", xq, wq, x_scale, w_scale)
+    # Unlike the others this one looks at what it is given.
+    for data, scale in ((xq, x_scale), (wq, w_scale)):
+        if (data.dtype, scale.dtype) != (torch.float8_e4m3fn, torch.float32):
+            raise RuntimeError("dtypes")
+        if scale.shape != (-(-data.shape[0] // 128), -(-k // 128)):
+            raise RuntimeError("scales must be [ceil(rows / 128), ceil(K / 128)]")
+    if wq.shape[1] != k or (block_m, block_n, block_k) != (128, 128, 128):
+        raise RuntimeError("blocks must be 128x128x128")
+    if k % 16 or n % 8:
+        raise RuntimeError("cutlass cannot implement")
+    row_of, group_of, block_of = (torch.arange(size) // 128 for size in (m, k, n))
+    wide_x = xq.float().double() * x_scale.double()[row_of][:, group_of]
+    wide_w = wq.float().double() * w_scale.double()[block_of][:, group_of]
+    return (wide_x @ wide_w.t()).to(torch.bfloat16)
+
+
 _libraries: list[torch.library.Library] = []
 
 
@@ -104,7 +135,8 @@ def define(namespace: str, *, groupwise: bool = True, cuda: bool = True) -> None
         return
     library = torch.library.Library(namespace, "FRAGMENT")
     _libraries.append(library)  # operators live as long as their library
-    for schema, function in ((ROWWISE, _rowwise), (GROUPWISE, _groupwise)):
+    operators = ((ROWWISE, _rowwise), (GROUPWISE, _groupwise), (BLOCKWISE, _blockwise))
+    for schema, function in operators:
         if function is _groupwise and not groupwise:
             continue
         library.define(schema)
