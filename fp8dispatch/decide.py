@@ -11,8 +11,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import asdict, dataclass, field, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from fp8dispatch import generation, registry, routes, trust
 from fp8dispatch.errors import BackendUnavailableError, FP8DispatchError
@@ -23,6 +22,9 @@ from fp8dispatch.probes.device import describe
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.recipe import Recipe
 from fp8dispatch.router import Decision, Standing, select
+
+if TYPE_CHECKING:
+    import torch
 
 _log = logging.getLogger("fp8dispatch")
 
@@ -56,6 +58,8 @@ def decide(problem: LinearProblem, device: torch.device, allowed: Policy) -> Dec
     decision = _decisions.get(key)
     if decision is not None:
         return decision
+    import torch  # the caller, who has a tensor, has done so: the doctor asks `standing` alone
+
     machine = describe(device)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     order, route = routes.order_for(problem, machine, registry.NAMES)
@@ -94,9 +98,17 @@ def remembered(problem: LinearProblem, device: torch.device, allowed: Policy) ->
 
 
 def standing(
-    name: str, device: torch.device, machine: Machine, recipe: Recipe, *, capturing: bool = False
+    name: str,
+    device: torch.device | str,
+    machine: Machine,
+    recipe: Recipe,
+    *,
+    capturing: bool = False,
 ) -> Standing:
-    """What is known of a backend's numbers on a device, finding out where it may."""
+    """What is known of a backend's numbers on a device, finding out where it may.
+
+    Where a graph is being captured nothing is found out, and nothing is imported.
+    """
     held = trust.quarantined(name, device, recipe)
     if held is not None:
         return Standing("quarantined", held, usable=False)

@@ -18,12 +18,9 @@ from __future__ import annotations
 
 import torch
 
-FLOAT8_DTYPES: tuple[torch.dtype, ...] = (
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2fnuz,
-)
+from fp8dispatch.problem import FLOAT8_NAMES
+
+FLOAT8_DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in FLOAT8_NAMES)
 FNUZ_DTYPES: tuple[torch.dtype, ...] = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 ACTIVATION_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
 SCALE_DTYPES: tuple[torch.dtype, ...] = (

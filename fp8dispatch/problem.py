@@ -7,6 +7,9 @@ from enum import Enum
 
 from fp8dispatch.recipe import Recipe
 
+FLOAT8_NAMES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+"""The FP8 dtypes of operands, as torch names them."""
+
 
 class Accuracy(str, Enum):
     """How a backend accumulates over K.

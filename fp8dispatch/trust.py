@@ -76,7 +76,7 @@ _stores: dict[str, VerdictStore | None] = {}
 def judge(
     backend_name: str,
     backend: Backend,
-    device: torch.device,
+    device: torch.device | str,
     machine: Machine,
     recipe: Recipe,
     *,
@@ -88,7 +88,7 @@ def judge(
         backend_name: its registered name, or ``"module:attribute"`` where it has none; a child
             process loads it by this.
         backend: the backend itself.
-        device: where the call's tensors lie.
+        device: where the call's tensors lie, or its name, ``"cuda:0"``.
         machine: the same device and its libraries as plain data.
         recipe: what the weight scale means.
         may_probe: False gives what memory and disk know, as while a CUDA graph is captured.
@@ -131,7 +131,7 @@ def quarantine(
         _quarantine.setdefault(_key(backend_name, device, recipe), error)
 
 
-def quarantined(backend_name: str, device: torch.device, recipe: Recipe) -> str | None:
+def quarantined(backend_name: str, device: torch.device | str, recipe: Recipe) -> str | None:
     """Why a backend is in quarantine; None where it is not."""
     return _quarantine.get(_key(backend_name, device, recipe))
 
@@ -170,7 +170,7 @@ def clear_stored() -> int:
     return 0 if store is None else store.clear()
 
 
-def _key(backend_name: str, device: torch.device, recipe: Recipe) -> _Key:
+def _key(backend_name: str, device: torch.device | str, recipe: Recipe) -> _Key:
     return backend_name, str(device), recipe
 
 
@@ -199,7 +199,7 @@ def _stored(key: _Key, fingerprint: Fingerprint, store: VerdictStore | None) -> 
 def _find_out(
     key: _Key,
     backend: Backend,
-    device: torch.device,
+    device: torch.device | str,
     machine: Machine,
     fingerprint: Fingerprint,
     store: VerdictStore | None,
@@ -220,7 +220,7 @@ def _find_out(
         return verdict
 
 
-def _probe(key: _Key, backend: Backend, device: torch.device, machine: Machine) -> Verdict:
+def _probe(key: _Key, backend: Backend, device: torch.device | str, machine: Machine) -> Verdict:
     name, _, recipe = key
     _log.debug("testing the numbers of %s for %s on %s", name, recipe, device)
     if name in _OURS or backend.is_verified(machine):
@@ -238,9 +238,12 @@ def _probe(key: _Key, backend: Backend, device: torch.device, machine: Machine) 
     return verdict
 
 
-def _in_process(backend: Backend, device: torch.device, recipe: Recipe) -> Verdict:
+def _in_process(backend: Backend, device: torch.device | str, recipe: Recipe) -> Verdict:
+    import torch
+
     from fp8dispatch.probes.numerics import run_canary, synchronize
 
+    device = torch.device(device)
     synchronize(device)  # an earlier error of the caller's own is raised here, and is the caller's
     try:
         # On a thread of its own the canary stands under nobody's inference mode, autocast or

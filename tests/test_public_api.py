@@ -264,7 +264,8 @@ def test_names_stay_after_every_module_is_imported() -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["backends", "integrations", "kernels", "probes", "quantization"]
+    "package",
+    ["backends", "backends.compute", "integrations", "kernels", "probes", "quantization"],
 )
 def test_each_folder_says_what_belongs_there(package: str) -> None:
     module = importlib.import_module(f"fp8dispatch.{package}")

@@ -8,10 +8,11 @@ from fp8dispatch.backends.contract import Backend, Weight
 from fp8dispatch.errors import BackendUnavailableError, Refusal
 from fp8dispatch.machine import Machine
 from fp8dispatch.problem import LinearProblem
-from fp8dispatch.quantization.activation import QuantizedActivation
 
 if TYPE_CHECKING:
     import torch
+
+    from fp8dispatch.quantization.activation import QuantizedActivation
 
 
 class Broken(Backend):

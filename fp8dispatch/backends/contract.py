@@ -1,4 +1,8 @@
-"""What every backend answers and does."""
+"""What every backend answers and does.
+
+Its answers need no torch, so that the router and the doctor can ask without waiting for the import;
+only its computation does (`fp8dispatch.backends.compute`).
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,18 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from packaging.version import Version
 
+from fp8dispatch.backends.deferred import computed_in
 from fp8dispatch.errors import Refusal
-from fp8dispatch.formats import activation_float8
 from fp8dispatch.machine import Machine
 from fp8dispatch.problem import Accuracy, LinearProblem
-from fp8dispatch.quantization.activation import QuantizedActivation, quantize_activation
 from fp8dispatch.recipe import Granularity, Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
+
+    from fp8dispatch.quantization.activation import QuantizedActivation
 
 
 class Weight(NamedTuple):
@@ -156,38 +163,23 @@ class Backend(ABC):
         """Rows of quantised activations come padded to this multiple, with zeros of scale 1."""
         return 1
 
-    def linear(
-        self,
-        x: torch.Tensor,
-        weight: Weight,
-        bias: torch.Tensor | None,
-        activation_scale: torch.Tensor | None,
-        problem: LinearProblem,
-    ) -> torch.Tensor:
-        """Quantise the activations, multiply, add the bias.
+    linear: Callable[
+        [torch.Tensor, Weight, torch.Tensor | None, torch.Tensor | None, LinearProblem],
+        torch.Tensor,
+    ] = computed_in("fp8dispatch.backends.compute.linear")
+    """``linear(x, weight, bias, activation_scale, problem)``: quantise the activations, multiply,
+    add the bias. A backend that fuses the quantisation overrides this.
 
-        A backend that fuses the quantisation overrides this.
+    Args:
+        x: [M, K] bf16, fp16 or fp32, any strides; M, N and K are at least 1.
+        weight: the FP8 weight.
+        bias: [N] of any float dtype, added exactly once.
+        activation_scale: one fp32 element for static activations, else None.
+        problem: the same call as plain data; gives output dtype and accuracy.
 
-        Args:
-            x: [M, K] bf16, fp16 or fp32, any strides; M, N and K are at least 1.
-            weight: the FP8 weight.
-            bias: [N] of any float dtype, added exactly once.
-            activation_scale: one fp32 element for static activations, else None.
-            problem: the same call as plain data; gives output dtype and accuracy.
-
-        Returns:
-            [M, N] in ``problem.out_dtype``.
-        """
-        quantized = quantize_activation(
-            x,
-            weight.recipe.group_size(problem.k),
-            activation_float8(weight.data.dtype),
-            activation_scale,
-            pad_rows_to=self.row_multiple(problem),
-            use_kernels=self.quantizes_with_kernels,
-            rows_per_scale=self.rows_per_scale,
-        )
-        return self.matmul(quantized, weight, bias, problem)
+    Returns:
+        [M, N] in ``problem.out_dtype``.
+    """
 
     @abstractmethod
     def matmul(

@@ -23,30 +23,24 @@ from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from packaging.version import Version
 
-from fp8dispatch.backends.contract import Weight
+from fp8dispatch.backends.deferred import computed_in
 from fp8dispatch.backends.library import (
-    GROUP,
     LibraryBackend,
     Warmed,
-    aligned,
-    group_scales,
-    on_device,
     refuse_block,
     refuse_operands,
 )
 from fp8dispatch.errors import Refusal
 from fp8dispatch.machine import Machine
 from fp8dispatch.problem import LinearProblem
-from fp8dispatch.quantization.activation import QuantizedActivation
-from fp8dispatch.recipe import Granularity, ceil_div
+from fp8dispatch.recipe import Granularity
 
 _DISTRIBUTION = "sgl-deep-gemm"
 _LOOKALIKES = ("deep-gemm", "deepgemm")
 _LAST_FOR_TORCH_2_11 = Version("0.1.5.post1")
-_M_ALIGN = 4  # scales are fp32 and M-major: 16 bytes per group
+M_ALIGN = 4  # scales are fp32 and M-major: 16 bytes per group
 
 
 class DeepGemm(LibraryBackend):
@@ -61,6 +55,7 @@ class DeepGemm(LibraryBackend):
     align_k = 16
     distributions = (_DISTRIBUTION,)
     needs_to_load = "deep_gemm to import, with a CUDA toolkit for its compiler (CUDA_HOME)"
+    matmul = computed_in("fp8dispatch.backends.compute.deepgemm")
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,36 +69,7 @@ class DeepGemm(LibraryBackend):
         return refuse_operands(problem) + refuse_block(problem)
 
     def row_multiple(self, problem: LinearProblem) -> int:
-        return _M_ALIGN
-
-    def matmul(
-        self,
-        x: QuantizedActivation,
-        weight: Weight,
-        bias: torch.Tensor | None,
-        problem: LinearProblem,
-    ) -> torch.Tensor:
-        self.require(weight.recipe)
-        gemm = self._gemm
-        assert gemm is not None  # `require` has loaded it
-        m, n, k = problem.m, problem.n, problem.k
-        rows = ceil_div(m, _M_ALIGN) * _M_ALIGN
-        data = aligned(x.data[:m])
-        groups = ceil_div(k, GROUP)
-        x_scale = group_scales(x.scale, rows, groups).as_strided((m, groups), (1, rows))
-        out = torch.empty((m, n), dtype=torch.bfloat16, device=data.device)
-
-        def call() -> torch.Tensor:
-            gemm(
-                (data, x_scale),
-                (weight.data, weight.scale),
-                out,
-                disable_ue8m0_cast=True,
-            )
-            return out
-
-        with on_device(weight.data):
-            return self._warmed.run((m, n, k), data.device, call)
+        return M_ALIGN
 
     def _load(self) -> tuple[Refusal, ...]:
         library = import_module("deep_gemm")

@@ -25,34 +25,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
-from fp8dispatch.backends.contract import Weight
+from fp8dispatch.backends.deferred import computed_in
 from fp8dispatch.backends.library import (
     GROUP,
     LibraryBackend,
-    aligned,
-    group_scales,
-    on_device,
-    padded_rows,
     refuse_block,
     refuse_operands,
-    row_scales,
 )
 from fp8dispatch.errors import Refusal
 from fp8dispatch.machine import Machine
-from fp8dispatch.prepare import prepared
 from fp8dispatch.probes.packages import install_hint, paired_torch
 from fp8dispatch.problem import Accuracy, LinearProblem
-from fp8dispatch.quantization.activation import QuantizedActivation
-from fp8dispatch.recipe import Granularity, Recipe, ceil_div
+from fp8dispatch.recipe import Granularity, Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 ROWWISE, GROUPWISE = "f8f8bf16_rowwise", "f8f8bf16_groupwise"
 _HOPPER = (9, 0)
 _BLACKWELL = (10, 0)
-_M_ALIGN = 4  # x_scale of groupwise is read by bulk copies of 16 bytes along M
+M_ALIGN = 4  # x_scale of groupwise is read by bulk copies of 16 bytes along M
 
 
 class FbgemmFamily(LibraryBackend):
@@ -62,6 +56,8 @@ class FbgemmFamily(LibraryBackend):
     accuracies = frozenset({Accuracy.EXACT, Accuracy.FAST})
     align_n = 8
     align_k = 16
+    matmul = computed_in("fp8dispatch.backends.compute.fbgemm_family")
+    _blocks = computed_in("fp8dispatch.backends.compute.fbgemm_family")
     namespace: ClassVar[str]
     """Of the operators: ``torch.ops.<namespace>``."""
     other_namespace: ClassVar[str]
@@ -101,64 +97,12 @@ class FbgemmFamily(LibraryBackend):
         return refusals
 
     def row_multiple(self, problem: LinearProblem) -> int:
-        return _M_ALIGN if problem.recipe.granularity is Granularity.BLOCK else 1
-
-    def matmul(
-        self,
-        x: QuantizedActivation,
-        weight: Weight,
-        bias: torch.Tensor | None,
-        problem: LinearProblem,
-    ) -> torch.Tensor:
-        self.require(weight.recipe)
-        with on_device(weight.data):
-            if weight.recipe.granularity is Granularity.BLOCK:
-                return self._blocks(x, weight, problem)
-            return self._rowwise(x, weight, bias, problem)
-
-    def _rowwise(
-        self,
-        x: QuantizedActivation,
-        weight: Weight,
-        bias: torch.Tensor | None,
-        problem: LinearProblem,
-    ) -> torch.Tensor:
-        m, n = problem.m, problem.n
-        spread = prepared(
-            weight.scale_source,
-            ("fbgemm", "row", n),
-            lambda: weight.scale.reshape(-1).expand(n).clone(),
-        )
-        if bias is not None:
-            bias = aligned(bias.to(torch.float32))
-        data, x_scale = aligned(x.data[:m]), row_scales(x.scale, m)
-        check_operand("activations", data, (m, problem.k), torch.float8_e4m3fn)
-        check_operand("activation scales", x_scale, (m,), torch.float32)
-        check_operand("weight scales", spread, (n,), torch.float32)
-        fast = problem.accuracy is Accuracy.FAST
-        return self._ops[ROWWISE](data, weight.data, x_scale, spread, bias, fast)
-
-    def _blocks(
-        self, x: QuantizedActivation, weight: Weight, problem: LinearProblem
-    ) -> torch.Tensor:
-        rows = ceil_div(problem.m, _M_ALIGN) * _M_ALIGN
-        groups, blocks = problem.k // GROUP, ceil_div(problem.n, GROUP)
-        weight_scale = prepared(
-            weight.scale_source,
-            ("fbgemm", "block"),
-            lambda: weight.scale.t().clone(memory_format=torch.contiguous_format),
-        )
-        data, x_scale = padded_rows(x.data, rows), group_scales(x.scale, rows, groups)
-        # Whatever is wrong here would be computed all the same, or end the CUDA context.
-        check_operand("activations", data, (rows, groups * GROUP), torch.float8_e4m3fn)
-        check_operand("weight", weight.data, (problem.n, groups * GROUP), torch.float8_e4m3fn)
-        check_operand("activation scales", x_scale, (groups, rows), torch.float32)
-        check_operand("weight scales", weight_scale, (groups, blocks), torch.float32)
-        out = self._ops[GROUPWISE](data, weight.data, x_scale, weight_scale)
-        return out[: problem.m]
+        return M_ALIGN if problem.recipe.granularity is Granularity.BLOCK else 1
 
     def _load(self) -> tuple[Refusal, ...]:
-        if _has_operator(self.other_namespace, ROWWISE):
+        from fp8dispatch.backends.compute.fbgemm_family import cuda_operator, has_operator
+
+        if has_operator(self.other_namespace, ROWWISE):
             return (
                 Refusal(
                     "loaded",
@@ -169,8 +113,9 @@ class FbgemmFamily(LibraryBackend):
             )
         import_module(self.module)
         for name in (ROWWISE, self.block_operator):
-            if _has_cuda_kernel(self.namespace, name):
-                self._ops[name] = getattr(getattr(torch.ops, self.namespace), name).default
+            operator = cuda_operator(self.namespace, name)
+            if operator is not None:
+                self._ops[name] = operator
         return ()
 
     def _refuse_entry(self, recipe: Recipe) -> tuple[Refusal, ...]:
@@ -242,29 +187,3 @@ def _refuse_group_columns(problem: LinearProblem) -> tuple[Refusal, ...]:
         return ()
     need = f"K a multiple of {GROUP} with block scales"
     return (Refusal("align-k", need, f"K={problem.k}"),)
-
-
-def check_operand(
-    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    """Hold an operand to the layout that a kernel reads without looking.
-
-    Raises:
-        RuntimeError: another shape, dtype or layout.
-    """
-    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-        raise RuntimeError(
-            f"the {name} must be contiguous {list(shape)} {dtype}, found {list(tensor.shape)} "
-            f"{tensor.dtype} with strides {list(tensor.stride())}; this is a bug of fp8dispatch"
-        )
-
-
-def _has_operator(namespace: str, name: str) -> bool:
-    return bool(torch._C._dispatch_has_kernel(f"{namespace}::{name}"))
-
-
-def _has_cuda_kernel(namespace: str, name: str) -> bool:
-    """A kernel, not only a schema, which attribute access alone would be content with."""
-    return _has_operator(namespace, name) and bool(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", "CUDA")
-    )

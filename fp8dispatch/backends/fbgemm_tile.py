@@ -15,17 +15,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
-
-from fp8dispatch.backends.contract import Weight
+from fp8dispatch.backends.deferred import computed_in
 from fp8dispatch.backends.fbgemm import Fbgemm
-from fp8dispatch.backends.fbgemm_family import FbgemmFamily, check_operand
-from fp8dispatch.backends.library import GROUP, aligned, refuse_block, refuse_operands
-from fp8dispatch.errors import BackendUnavailableError, Refusal
+from fp8dispatch.backends.fbgemm_family import FbgemmFamily
+from fp8dispatch.backends.library import GROUP, refuse_block, refuse_operands
+from fp8dispatch.errors import Refusal
 from fp8dispatch.machine import Machine
 from fp8dispatch.problem import Accuracy, LinearProblem
-from fp8dispatch.quantization.activation import QuantizedActivation
-from fp8dispatch.recipe import Granularity, ceil_div
+from fp8dispatch.recipe import Granularity
 
 BLOCKWISE = "f8f8bf16_blockwise"
 
@@ -45,6 +42,7 @@ class TileScales(FbgemmFamily):
     # Not run on a GPU yet, whatever is known of the library's other operators.
     verified_capabilities: ClassVar[tuple[tuple[int, int], ...]] = ()
     verified_versions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    _blocks = computed_in("fp8dispatch.backends.compute.fbgemm_tile")
 
     def refuse_call(self, problem: LinearProblem, machine: Machine) -> list[Refusal]:
         refusals = [*refuse_operands(problem, contiguous=True), *refuse_block(problem)]
@@ -55,25 +53,6 @@ class TileScales(FbgemmFamily):
 
     def row_multiple(self, problem: LinearProblem) -> int:
         return 1
-
-    def _blocks(
-        self, x: QuantizedActivation, weight: Weight, problem: LinearProblem
-    ) -> torch.Tensor:
-        m, n, k = problem.m, problem.n, problem.k
-        grid = ceil_div(m, GROUP), ceil_div(k, GROUP)
-        if x.scale.shape != grid:
-            raise BackendUnavailableError(
-                f"{self.name} needs activations that it quantises itself, with one scale per "
-                f"128x128 tile {list(grid)}, found scales {list(x.scale.shape)}; pass the "
-                f"unquantised X to fp8_linear, or take another backend"
-            )
-        data, x_scale, weight_scale = aligned(x.data), aligned(x.scale), aligned(weight.scale)
-        check_operand("activations", data, (m, k), torch.float8_e4m3fn)
-        check_operand("weight", weight.data, (n, k), torch.float8_e4m3fn)
-        check_operand("activation scales", x_scale, grid, torch.float32)
-        check_operand("weight scales", weight_scale, (ceil_div(n, GROUP), grid[1]), torch.float32)
-        blocks = (GROUP, GROUP, GROUP)
-        return self._ops[BLOCKWISE](data, weight.data, x_scale, weight_scale, *blocks)
 
 
 class FbgemmTile(TileScales, Fbgemm):

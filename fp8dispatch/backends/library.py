@@ -2,7 +2,7 @@
 
 A library is found by its metadata, imported at its first use and never before, and its failure to
 import is kept as a refusal. What these libraries do not check themselves is checked here: calls
-that they would get wrong are refused, and operands reach them in the one layout that they read.
+that they would get wrong are refused. `compute.operands` brings the others into their layouts.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import logging
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-
-import torch
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from fp8dispatch.backends.contract import Backend
 from fp8dispatch.errors import BackendUnavailableError, Refusal
+from fp8dispatch.failures import is_out_of_memory
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.recipe import BLOCK_128, Granularity, Recipe
 
+if TYPE_CHECKING:
+    import torch
+
 GROUP = 128
 _MAX_ELEMENTS = 2**31
-_ALIGNMENT = 16
 
 # What an import of compiled code raises when something around it is missing or does not fit.
 _IMPORT_FAILURES = (
@@ -92,9 +94,9 @@ class LibraryBackend(Backend):
         try:
             with _root_logger_left_alone():
                 return self._load()
-        except torch.OutOfMemoryError:
-            raise
         except _IMPORT_FAILURES as error:
+            if is_out_of_memory(error):
+                raise
             return (Refusal("import", self.needs_to_load, first_line(error)),)
 
 
@@ -153,6 +155,8 @@ class Warmed:
         """
         if (device, key) in self._keys:
             return call()
+        import torch  # by a first call alone: the others have returned
+
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise BackendUnavailableError(
                 f"{self._name} needs a call of this size before CUDA graph capture, found none: "
@@ -164,11 +168,6 @@ class Warmed:
                 self._keys.clear()
             self._keys.add((device, key))
         return result
-
-
-def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's device the current one: these libraries launch on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def refuse_operands(problem: LinearProblem, *, contiguous: bool = False) -> list[Refusal]:
@@ -214,46 +213,3 @@ def refuse_block(problem: LinearProblem) -> list[Refusal]:
             )
         )
     return refusals
-
-
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous and at an address that bulk copies take; copied only where it is not."""
-    tensor = tensor.contiguous()
-    if tensor.data_ptr() % _ALIGNMENT:
-        tensor = tensor.clone()
-    if tensor.dim() == 2 and tensor.stride() != (tensor.shape[1], 1):
-        # Torch calls one row contiguous whatever its stride; a bulk copy is told the stride.
-        tensor = tensor.as_strided(tensor.shape, (tensor.shape[1], 1))
-    return tensor
-
-
-def padded_rows(data: torch.Tensor, rows: int) -> torch.Tensor:
-    """FP8 [M, K] as an aligned, contiguous [rows, K] whose extra rows are zero."""
-    m, k = data.shape
-    if m == rows:
-        return aligned(data)
-    padded = torch.zeros((rows, k), dtype=torch.uint8, device=data.device)
-    padded[:m] = data.view(torch.uint8)
-    return padded.view(data.dtype)
-
-
-def row_scales(scale: torch.Tensor, m: int) -> torch.Tensor:
-    """Scales [M, 1], or one for all, as a contiguous [m]; rows beyond m are dropped."""
-    if scale.numel() == 1:
-        return scale.reshape(1).expand(m).contiguous()
-    return aligned(scale[:m, 0])
-
-
-def group_scales(scale: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
-    """Scales [M, groups], or one for all, as a contiguous [groups, rows]: M-major.
-
-    Rows beyond those given have scale 1. Not copied where `scale` is the transpose of just that,
-    as our quantisers write it.
-    """
-    if scale.numel() == 1:
-        return scale.reshape(1, 1).expand(groups, rows).contiguous()
-    if scale.shape[0] == rows:
-        return aligned(scale.t())
-    padded = torch.ones((groups, rows), dtype=torch.float32, device=scale.device)
-    padded[:, : scale.shape[0]] = scale.t()
-    return padded

@@ -18,26 +18,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
-from fp8dispatch.backends.contract import Weight
+from fp8dispatch.backends.deferred import computed_in
 from fp8dispatch.backends.library import (
     GROUP,
     LibraryBackend,
     Warmed,
-    aligned,
     first_line,
-    on_device,
     refuse_block,
     refuse_operands,
 )
-from fp8dispatch.errors import BackendUnavailableError, Refusal
+from fp8dispatch.errors import Refusal
 from fp8dispatch.machine import Machine
 from fp8dispatch.problem import LinearProblem
-from fp8dispatch.quantization.activation import QuantizedActivation
 from fp8dispatch.recipe import Granularity
+
+if TYPE_CHECKING:
+    import torch
 
 _NIGHTLY = "torchao-nightly"
 _LOCATIONS = (
@@ -46,8 +44,6 @@ _LOCATIONS = (
     ("torchao.prototype.blockwise_fp8", "blockwise_fp8_gemm"),  # 0.12
     ("torchao.quantization.quantize_.workflows.float8.kernels", "_blockwise_fp8_gemm"),  # 0.19
 )
-# What a default dtype may make of the output without losing what bf16 holds.
-_WIDE_ENOUGH = (torch.bfloat16, torch.float32, torch.float64)
 
 
 class TorchAO(LibraryBackend):
@@ -64,6 +60,7 @@ class TorchAO(LibraryBackend):
     recipes = frozenset({Granularity.BLOCK})
     align_k = GROUP
     needs_to_load = "torchao with its blockwise_fp8_gemm"
+    matmul = computed_in("fp8dispatch.backends.compute.torchao")
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,34 +79,6 @@ class TorchAO(LibraryBackend):
 
     def refuse_call(self, problem: LinearProblem, machine: Machine) -> list[Refusal]:
         return refuse_operands(problem, contiguous=True) + refuse_block(problem)
-
-    def matmul(
-        self,
-        x: QuantizedActivation,
-        weight: Weight,
-        bias: torch.Tensor | None,
-        problem: LinearProblem,
-    ) -> torch.Tensor:
-        self.require(weight.recipe)
-        gemm = self._gemm
-        assert gemm is not None  # `require` has loaded it
-        m, n, k = problem.m, problem.n, problem.k
-        data = aligned(x.data[:m])
-        x_scale = x.scale if x.scale.numel() == 1 else x.scale[:m]
-        x_scale = x_scale.expand(m, k // GROUP).contiguous()
-        with on_device(weight.data):
-            out = self._warmed.run(
-                (n, k, (m - 1).bit_length()),
-                data.device,
-                lambda: gemm(data, x_scale, weight.data, weight.scale, GROUP),
-            )
-        if out.dtype not in _WIDE_ENOUGH:
-            raise BackendUnavailableError(
-                f"torchao needs the default dtype float32 or bfloat16, in which releases before "
-                f"0.15 write their output, found {out.dtype}; upgrade torchao or set the default "
-                f"dtype back"
-            )
-        return out.to(torch.bfloat16)
 
     def _load(self) -> tuple[Refusal, ...]:
         failures: list[str] = []

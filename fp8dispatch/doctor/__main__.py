@@ -2,7 +2,7 @@
 
 Exit codes: 0 healthy (a refusal that is to be expected is healthy), 1 degraded, 2 usage, 3 no GPU,
 4 broken (a backend computes wrong numbers), 5 interrupted. Without --probe no CUDA context is made,
-and verdicts are those that are stored.
+neither torch nor any library is imported, and verdicts are those that are stored.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe",
         action="store_true",
-        help="test the numbers of every backend that can run, which starts CUDA",
+        help="import torch and test the numbers of every backend that can run, which starts CUDA",
     )
     parser.add_argument("--shape", metavar="M,N,K", help="explain one call; needs --recipe")
     parser.add_argument(

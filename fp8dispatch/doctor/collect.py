@@ -1,7 +1,7 @@
 """Asks everything that a report holds, and says how healthy it is.
 
-Nothing here starts CUDA unless probing is asked for; torch is imported only for what the backends
-answer, and its absence is a finding like any other.
+Unless probing is asked for nothing here starts CUDA or imports torch; that torch is not there is a
+finding like any other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fp8dispatch import __version__
-from fp8dispatch.doctor.devices import Device, find_devices, import_torch
+from fp8dispatch.doctor.decisions import Examination
+from fp8dispatch.doctor.devices import Device, find_devices
 from fp8dispatch.doctor.libraries import describe_libraries
 from fp8dispatch.doctor.overrides import (
     describe_cache,
@@ -57,7 +58,8 @@ def collect(
         machine: a name of `fp8dispatch.probes.gallery`; nothing can be tested there.
         device: the one GPU to ask about; None asks about all.
         call: a call to explain on each device.
-        probe: find out verdicts that are not known yet: starts CUDA, takes seconds to minutes.
+        probe: import torch and the libraries, and find out verdicts that are not known yet: starts
+            CUDA, takes seconds to minutes.
         clear_cache: delete the stored verdicts first.
         on_step: told what is about to be tested.
 
@@ -72,14 +74,12 @@ def collect(
         )
     cache, cache_findings = describe_cache(clear=clear_cache)
     allowed, policy_findings = resolve_policy()
-    torch, torch_findings = import_torch()
-    found = find_devices(torch, machine=machine, index=device, probe=probe)
+    found = find_devices(machine=machine, index=device, probe=probe)
     devices = tuple(_examine(one, allowed, call, probe, on_step) for one in found.devices)
     if probe:  # what was found out just now is stored by now
         cache = describe_cache(clear=False)[0].model_copy(update={"cleared": cache.cleared})
     findings = (
         *found.findings,
-        *torch_findings,
         *policy_findings,
         *(finding for one in devices for finding in _judge(one, allowed)),
         *(
@@ -135,8 +135,6 @@ def _examine(
     )
     if not device.decided:
         return record
-    from fp8dispatch.doctor.decisions import Examination  # imports torch
-
     asked = Examination(device, allowed, probe, on_step)
     return record.model_copy(
         update={

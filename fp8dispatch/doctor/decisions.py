@@ -1,6 +1,6 @@
 """What each backend says on a device, which one a call would get, and why.
 
-The same router, routes and trust as in a real call. Imports torch, as the backends do.
+The same router, routes and trust as in a real call.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-
-import torch
 
 from fp8dispatch import decide, registry, routes
 from fp8dispatch.backends.contract import Backend
@@ -158,7 +156,7 @@ class Examination:
             if name == "eager":
                 return Standing("not needed", "plain torch defines the numbers", usable=True)
             return Standing("untested", _SIMULATED, usable=True)
-        device, machine = torch.device(self.device.name), self.device.machine
+        device, machine = self.device.name, self.device.machine
         if self.probe:
             self.on_step(f"testing {name}, {recipe}, on {self.device.name}")
             return decide.standing(name, device, machine, recipe)

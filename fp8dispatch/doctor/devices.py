@@ -1,4 +1,7 @@
-"""Which devices to ask about: those that NVML lists, those of torch, or one of the gallery."""
+"""Which devices to ask about: those that NVML lists, those of torch, or one of the gallery.
+
+Torch is imported for probing alone: that takes longer than all the rest of a report.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,18 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
 
+from fp8dispatch import policy
 from fp8dispatch.doctor.report import Finding
 from fp8dispatch.errors import InvalidInputError
 from fp8dispatch.machine import Machine
 from fp8dispatch.probes.gallery import simulated
 from fp8dispatch.probes.gpu import Gpu, GpuReport, list_gpus
 from fp8dispatch.probes.packages import installed_versions
+from fp8dispatch.probes.torch_build import TorchBuild, read_torch_build
+
+# The first driver branch that runs a major release of CUDA; NVIDIA's "CUDA Compatibility",
+# https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html.
+_FIRST_DRIVER = {"12": 525, "13": 580}
 
 
 @dataclass(frozen=True)
@@ -42,38 +51,23 @@ class Devices:
     findings: tuple[Finding, ...] = ()
 
 
-def import_torch() -> tuple[ModuleType | None, tuple[Finding, ...]]:
-    """Torch, or the sentence that stands for everything that needs it."""
-    try:
-        return import_module("torch"), ()
-    except Exception as error:  # noqa: BLE001  # a broken build raises anything: that is the finding
-        sentence = (
-            f"backends, routes and verdicts need torch, and it cannot be imported "
-            f"({_first_line(error)}): install it again to see them"
-        )
-        return None, (Finding(level="degraded", sentence=sentence),)
-
-
-def find_devices(
-    torch: ModuleType | None, *, machine: str | None, index: int | None, probe: bool
-) -> Devices:
+def find_devices(*, machine: str | None, index: int | None, probe: bool) -> Devices:
     """The devices to ask about.
 
     Args:
-        torch: the module, None where it cannot be imported.
         machine: a name of the gallery, to ask about that and nothing here.
         index: the one GPU to ask about, as CUDA counts them; None asks about all.
-        probe: ask torch, which starts CUDA, instead of NVML alone.
+        probe: import torch and ask it, which starts CUDA, instead of NVML and torch's files alone.
 
     Raises:
         InvalidInputError: no machine of that name, no GPU of that number.
     """
     if machine is not None:
         stand_in = simulated(machine)
-        device = Device(machine, stand_in, decided=torch is not None, simulated=True)
+        device = Device(machine, stand_in, decided=True, simulated=True)
         return Devices((device,), stand_in.versions)
     report = list_gpus()
-    found = _without_torch(report) if torch is None else _with_torch(torch, report, probe=probe)
+    found = _probed(report) if probe else _listed(report)
     gpus = [device for device in found.devices if device.machine.device_type == "cuda"]
     if index is None or not gpus:
         return found
@@ -84,65 +78,112 @@ def find_devices(
     return replace(found, devices=(gpus[index],))
 
 
-def _without_torch(report: GpuReport) -> Devices:
-    versions = installed_versions()
-    base = Machine("cpu", "cpu", None, versions)
-    devices = [_of_nvml(base, gpu, index, False) for index, gpu in enumerate(report.gpus)]
-    return Devices(
-        tuple(devices) or (Device("cpu", base, decided=False),),
-        versions,
-        (*_nvml_findings(report), *(() if devices else (_no_gpu(report),))),
-    )
+def _listed(report: GpuReport) -> Devices:
+    """What NVML lists, beside the torch whose files are here; nothing is imported."""
+    build = read_torch_build()
+    if build.problem is not None:
+        return _undecided(report, build.problem)
+    versions = {**installed_versions(), **build.versions()}
+    cpu = Machine("cpu", "cpu", None, versions, policy.triton_interpreter())
+    devices = [_of_nvml(cpu, gpu, index, True) for index, gpu in enumerate(report.gpus)]
+    findings: list[Finding] = []
+    if devices and _built_for_gpus(cpu):
+        findings += _driver_findings(report.driver, build)
+    elif not devices:
+        kind = f"CUDA {build.cuda}" if build.cuda else f"ROCm {build.hip}" if build.hip else ""
+        findings.append(_no_gpu(report, f"; --probe asks torch, built for {kind}" if kind else ""))
+    return _with_cpu(report, devices, cpu, findings)
 
 
-def _with_torch(torch: ModuleType, report: GpuReport, *, probe: bool) -> Devices:
+def _probed(report: GpuReport) -> Devices:
+    """What torch runs on."""
+    try:
+        torch = import_module("torch")
+    except Exception as error:  # noqa: BLE001  # a broken build raises anything: that is the finding
+        return _undecided(report, _first_line(error))
     from fp8dispatch.probes.device import describe
 
     cpu = describe(torch.device("cpu"))
-    built_for_gpus = "cuda" in cpu.versions or "hip" in cpu.versions
-    findings = list(_nvml_findings(report))
-    devices = [_of_nvml(cpu, gpu, index, built_for_gpus) for index, gpu in enumerate(report.gpus)]
-    if report.gpus and not built_for_gpus:
-        sentence = (
-            f"a GPU needs a CUDA build of torch to be used, found torch {cpu.versions['torch']}: "
-            f"install one from https://pytorch.org"
-        )
-        findings.append(Finding(level="degraded", sentence=sentence))
-    elif built_for_gpus:
+    devices = [_of_nvml(cpu, gpu, index, True) for index, gpu in enumerate(report.gpus)]
+    problem = ""
+    if _built_for_gpus(cpu):
         seen, problem = _count_of_torch(torch)
-        if problem:
-            findings.append(Finding(level="degraded", sentence=problem))
-        elif probe and seen:
-            try:
+        try:
+            if seen:
                 devices = [
                     Device(f"cuda:{index}", describe(torch.device("cuda", index)), decided=True)
                     for index in range(seen)
                 ]
-            except RuntimeError as error:  # CUDA does not start: a busy or broken device
-                sentence = f"torch cannot start CUDA ({_first_line(error)})"
-                findings.append(Finding(level="degraded", sentence=sentence))
-        elif seen and not devices:
-            sentence = (
-                f"torch counts {seen} GPU(s) and NVML lists none ({report.problem or 'no reason'})"
-                f": --probe asks torch for them, which starts CUDA"
-            )
-            findings.append(Finding(level="degraded", sentence=sentence))
-            return Devices((Device("cpu", cpu, decided=True),), cpu.versions, tuple(findings))
-        elif devices and not seen:
-            sentence = (
-                f"torch {cpu.versions['torch']} sees no GPU where NVML lists {len(devices)}: "
-                f"the driver ({report.driver or 'version unknown'}) may be too old for its CUDA"
-            )
-            findings.append(Finding(level="degraded", sentence=sentence))
+            elif devices and not problem:
+                problem = (
+                    f"torch {cpu.versions['torch']} sees no GPU where NVML lists {len(devices)}: "
+                    f"the driver ({report.driver or 'version unknown'}) may be too old for its CUDA"
+                )
+        except RuntimeError as error:  # CUDA does not start: a busy or broken device
+            problem = f"torch cannot start CUDA ({_first_line(error)})"
+    findings = [Finding(level="degraded", sentence=problem)] if problem else []
     if not devices:
         findings.append(_no_gpu(report))
+    return _with_cpu(report, devices, cpu, findings)
+
+
+def _undecided(report: GpuReport, problem: str) -> Devices:
+    """What NVML lists, where torch cannot be imported."""
+    versions = {**installed_versions(), **read_torch_build().versions()}
+    base = Machine("cpu", "cpu", None, versions)
+    devices = [_of_nvml(base, gpu, index, False) for index, gpu in enumerate(report.gpus)]
+    sentence = (
+        f"backends, routes and verdicts need torch, and it cannot be imported ({problem}): "
+        f"install it anew to see them"
+    )
+    return Devices(
+        tuple(devices) or (Device("cpu", base, decided=False),),
+        versions,
+        (
+            *_nvml_findings(report),
+            *(() if devices else (_no_gpu(report),)),
+            Finding(level="degraded", sentence=sentence),
+        ),
+    )
+
+
+def _with_cpu(
+    report: GpuReport, devices: list[Device], cpu: Machine, findings: list[Finding]
+) -> Devices:
+    """The GPUs where this torch can use them; else the CPU, which is where calls then run."""
+    found = list(_nvml_findings(report))
+    if devices and not _built_for_gpus(cpu):
+        devices = [replace(device, decided=False) for device in devices]
+        sentence = (
+            f"a GPU needs a CUDA build of torch to be used, found torch {cpu.versions['torch']}: "
+            f"install one from https://pytorch.org"
+        )
+        found.append(Finding(level="degraded", sentence=sentence))
     if not any(device.decided for device in devices):
-        devices.append(Device("cpu", cpu, decided=True))
-    return Devices(tuple(devices), cpu.versions, tuple(findings))
+        devices = [*devices, Device("cpu", cpu, decided=True)]
+    return Devices(tuple(devices), cpu.versions, (*found, *findings))
+
+
+def _built_for_gpus(machine: Machine) -> bool:
+    return "cuda" in machine.versions or machine.is_rocm
+
+
+def _driver_findings(driver: str, build: TorchBuild) -> tuple[Finding, ...]:
+    """A driver that is older than the CUDA of this torch needs."""
+    branch = driver.partition(".")[0]
+    needed = _FIRST_DRIVER.get((build.cuda or "").partition(".")[0])
+    if needed is None or not branch.isdecimal() or int(branch) >= needed:
+        return ()
+    sentence = (
+        f"torch {build.version} needs a driver of {needed} or later for CUDA {build.cuda} (or "
+        f"CUDA's forward compatibility package), found {driver}: update the driver, or see with "
+        f"--probe whether CUDA starts"
+    )
+    return (Finding(level="degraded", sentence=sentence),)
 
 
 def _count_of_torch(torch: ModuleType) -> tuple[int, str]:
-    """How many GPUs torch counts, which starts no CUDA context, or what keeps it from counting."""
+    """How many GPUs torch counts, or what keeps it from counting."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what NVML has to say was said by `list_gpus`
@@ -178,9 +219,9 @@ def _nvml_findings(report: GpuReport) -> tuple[Finding, ...]:
     return tuple(findings)
 
 
-def _no_gpu(report: GpuReport) -> Finding:
+def _no_gpu(report: GpuReport, hint: str = "") -> Finding:
     why = report.problem or "NVML lists none that this process may see"
-    return Finding(level="no gpu", sentence=f"no GPU was found: {why}")
+    return Finding(level="no gpu", sentence=f"no GPU was found: {why}{hint}")
 
 
 def _first_line(error: BaseException) -> str:

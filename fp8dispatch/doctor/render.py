@@ -112,6 +112,8 @@ def _render_machine(report: Report, out: _Printer) -> None:
     out.table(("device", "name", "cap.", "kind", "memory", "driver"), rows)
     if any(device.simulated for device in report.devices):
         out.line("Simulated: decided for that machine; nothing was or can be tested on it.")
+    elif not report.probed:
+        out.line("Nothing was imported: --probe imports torch and tests each backend's numbers.")
 
 
 def _render_libraries(report: Report, out: _Printer) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 
 Level = Literal["note", "degraded", "no gpu", "broken"]
 Status = Literal["healthy", "degraded", "no gpu", "broken"]
@@ -187,9 +187,14 @@ class CacheRecord(Record):
 
 
 class Report(Record):
-    """The whole result."""
+    """The whole result.
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    Attributes:
+        probed: torch and the libraries were imported and the numbers tested; without it the report
+            says what files, NVML and stored verdicts tell, and not whether an import would work.
+    """
+
+    schema_version: Literal[2] = SCHEMA_VERSION
     fp8dispatch: str
     python: str
     system: str

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from fp8dispatch import policy
 from fp8dispatch.kernels.requirements import refuse_machine
 from fp8dispatch.machine import Machine
 from fp8dispatch.probes.gpu import find_gpu
 from fp8dispatch.probes.packages import installed_versions
+from fp8dispatch.probes.torch_build import TorchBuild
+
+if TYPE_CHECKING:
+    import torch
 
 
 def describe(device: torch.device) -> Machine:
@@ -21,20 +24,19 @@ def describe(device: torch.device) -> Machine:
     ``torch.device("cuda")`` is the device that is current now.
     """
     if device.type == "cuda" and device.index is None:
+        import torch
+
         device = torch.device("cuda", torch.cuda.current_device())
     return _describe(device)
 
 
 @functools.cache
 def _describe(device: torch.device) -> Machine:
-    versions = dict(installed_versions())
-    versions["torch"] = str(
-        torch.__version__
-    )  # with the local suffix that PyPI's metadata leaves out
-    if torch.version.cuda is not None:
-        versions["cuda"] = torch.version.cuda
-    if torch.version.hip is not None:
-        versions["hip"] = torch.version.hip
+    import torch
+
+    # Torch's own version has the local suffix that PyPI's metadata leaves out.
+    build = TorchBuild(str(torch.__version__), torch.version.cuda, torch.version.hip)
+    versions = {**installed_versions(), **build.versions()}
     interpreter = policy.triton_interpreter()
     if device.type != "cuda":
         return Machine(device.type, device.type, None, versions, interpreter)

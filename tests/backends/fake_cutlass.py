@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8dispatch.backends import fbgemm_family
 from fp8dispatch.backends.fbgemm_family import FbgemmFamily
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ def plant(
         finally:
             CALLS.guarded = False
 
-    monkeypatch.setattr(fbgemm_family, "on_device", guard)
+    monkeypatch.setattr("fp8dispatch.backends.compute.fbgemm_family.on_device", guard)
     planted: Any = type(
         "Planted",
         (base,),

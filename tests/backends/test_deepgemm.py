@@ -174,7 +174,7 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Library:
         finally:
             planted.guarded = False
 
-    monkeypatch.setattr(deepgemm, "on_device", guard)
+    monkeypatch.setattr("fp8dispatch.backends.compute.deepgemm.on_device", guard)
     return planted
 
 

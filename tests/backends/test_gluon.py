@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fp8dispatch import registry
-from fp8dispatch.backends import gluon
+from fp8dispatch.backends.compute import gluon
 from fp8dispatch.backends.gluon import BACKEND, Gluon
 from fp8dispatch.kernels.hopper_config import (
     HopperConfig,
@@ -115,7 +115,7 @@ def test_a_failing_import_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> None:
         raise AttributeError("module 'gl' has no attribute 'barrier'")
 
-    monkeypatch.setattr(gluon, "import_module", broken)
+    monkeypatch.setattr("fp8dispatch.backends.gluon.import_module", broken)
     assert told(Gluon().loadable(BLOCK_128)) == [
         "import: needs triton.experimental.gluon to import, found AttributeError: module 'gl' has "
         "no attribute 'barrier'"

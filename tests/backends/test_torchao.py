@@ -177,7 +177,7 @@ def plant(
         finally:
             gemm.guarded = False
 
-    monkeypatch.setattr(torchao, "on_device", guard)
+    monkeypatch.setattr("fp8dispatch.backends.compute.torchao.on_device", guard)
     return TorchAO(), gemm
 
 

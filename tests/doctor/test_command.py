@@ -36,7 +36,10 @@ sys.meta_path.insert(0, Blocker())
 from fp8dispatch.doctor.__main__ import main
 code = main({arguments!r})
 loaded = [name for name in {unwanted!r} if name in sys.modules]
-sys.exit(f"loaded: {{loaded}}" if loaded else code)
+if loaded:
+    print("loaded:", *loaded, file=sys.stderr)
+    code = 70  # none of the doctor's own
+sys.exit(code)
 """
 
 
@@ -45,12 +48,16 @@ def run(
     blocked: tuple[str, ...] = (),
     error: str = "ModuleNotFoundError",
     unwanted: tuple[str, ...] = (),
+    first_on_path: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     code = _WITHOUT.format(
         blocked=blocked, error=error, arguments=list(arguments), unwanted=unwanted
     )
+    environment = dict(os.environ)
+    if first_on_path is not None:
+        environment["PYTHONPATH"] = os.pathsep.join((str(first_on_path), *sys.path[1:]))
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60
     )
 
 
@@ -72,18 +79,66 @@ def test_everything_else_is_said_where_torch_cannot_be_imported(error: str) -> N
 
 
 def test_text_is_whole_where_torch_cannot_be_imported() -> None:
-    result = run("--machine", "h100", blocked=("torch",))
+    result = run(blocked=("torch",))
 
-    assert result.returncode == 1, result.stderr
+    assert result.returncode in (1, 3), result.stderr
     assert "pip install sgl-deep-gemm" in result.stdout
     assert "need torch, and it cannot be imported" in " ".join(result.stdout.split())
     assert "Routes" not in result.stdout
 
 
-def test_no_library_is_imported_without_probing() -> None:
-    result = run(unwanted=("triton", "torchao", "fbgemm_gpu", "mslk", "deep_gemm", "transformers"))
+def test_another_machine_needs_no_torch_here() -> None:
+    result = run("--machine", "h100", blocked=("torch",))
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Routes on h100" in result.stdout
+
+
+def test_torch_that_is_here_and_does_not_import_is_found_by_probing(tmp_path: Path) -> None:
+    torch = tmp_path / "torch"
+    torch.mkdir()
+    (torch / "__init__.py").write_text("raise OSError('libcudart.so.13: cannot open')\n", "utf-8")
+    (torch / "version.py").write_text("__version__ = '2.99.0+cu130'\ncuda = '13.0'\n", "utf-8")
+
+    listed = json.loads(run("--json", first_on_path=tmp_path).stdout)
+    probed = json.loads(run("--json", "--probe", first_on_path=tmp_path).stdout)
+
+    for report in (listed, probed):
+        assert {"name": "torch", "found": "2.99.0+cu130"}.items() <= report["libraries"][0].items()
+    assert all(device["routes"] for device in listed["devices"] if device["decided"])
+    assert not [one for one in listed["findings"] if "libcudart" in one["sentence"]]
+    assert [device["decided"] for device in probed["devices"]] == [False] * len(probed["devices"])
+    (sentence,) = [one["sentence"] for one in probed["findings"] if one["level"] == "degraded"]
+    assert "(OSError: libcudart.so.13: cannot open)" in sentence
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--json"],
+        ["--machine", "h100"],
+        ["--shape", "16,4096,7168", "--recipe", "block"],
+        ["--machine", "b200", "--json", "--shape", "16,4096,7168", "--recipe", "row"],
+        ["--clear-cache"],
+    ],
+)
+def test_neither_torch_nor_a_library_is_imported_without_probing(arguments: list[str]) -> None:
+    """Importing torch alone takes longer than a report may."""
+    libraries = ("triton", "torchao", "fbgemm_gpu", "mslk", "deep_gemm", "transformers")
+    result = run(*arguments, unwanted=("torch", "numpy", *libraries))
 
     assert result.returncode in (0, 1, 3), result.stderr
+
+
+def test_the_subcommand_imports_no_torch_either() -> None:
+    code = (
+        "import sys; from fp8dispatch.cli import main; main(['doctor']); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert result.returncode == 0, result.stderr
 
 
 def test_no_gpu_library_starts_without_probing() -> None:

@@ -139,7 +139,7 @@ def test_json_is_the_whole_output(plant: Plant, capsys: pytest.CaptureFixture[st
     assert code == 0
     assert captured.err == ""
     assert "\x1b" not in captured.out
-    assert json.loads(captured.out)["schema_version"] == 1
+    assert json.loads(captured.out)["schema_version"] == 2
     assert Report.model_validate_json(captured.out).status == "healthy"
 
 

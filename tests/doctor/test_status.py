@@ -13,22 +13,17 @@ from fp8dispatch.backends.eager import Eager
 from fp8dispatch.backends.library import LibraryBackend
 from fp8dispatch.doctor.collect import collect
 from fp8dispatch.doctor.report import EXIT_CODES, Finding, status_of
-from fp8dispatch.errors import InvalidInputError, Refusal
+from fp8dispatch.errors import Refusal
 from fp8dispatch.machine import Machine
 from fp8dispatch.probes.store import Fingerprint, VerdictStore
 from fp8dispatch.recipe import ROW
 from fp8dispatch.trust import Verdict
-from tests.doctor.conftest import H200, RTX_4090
+from tests.doctor.conftest import H200, RTX_4090, told
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fp8dispatch.doctor.report import Report
     from tests.doctor.conftest import Plant
-
-
-def told(report: Report, level: str) -> list[str]:
-    return [finding.sentence for finding in report.findings if finding.level == level]
 
 
 @pytest.mark.parametrize(
@@ -56,23 +51,6 @@ def test_healthy(plant: Plant) -> None:
     assert (report.status, report.exit_code) == ("healthy", 0), report.findings
     (device,) = report.devices
     assert (device.device, device.capability, device.consumer) == ("cuda:0", (9, 0), False)
-
-
-def test_two_different_gpus_are_decided_apart(plant: Plant) -> None:
-    plant(H200, RTX_4090)
-
-    report = collect()
-
-    assert report.exit_code == 0
-    chosen = [
-        next(one.backend for one in device.routes if one.recipe == "block 128x128" and one.m > 1)
-        for device in report.devices
-    ]
-    assert chosen == ["cublaslt", "triton"]
-    assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in told(report, "note")[0]
-    assert [device.name for device in collect(device=1).devices] == [RTX_4090.name]
-    with pytest.raises(InvalidInputError, match="0 to 1, found 2"):
-        collect(device=2)
 
 
 def test_wrong_numbers_are_broken(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,45 +178,6 @@ def test_plain_torch_that_was_asked_for_is_healthy(
 
     assert report.exit_code == 0
     assert report.devices[0].routes[0].decided_by == "FP8DISPATCH_BACKEND"
-
-
-def test_nvml_problem_beside_gpus_is_degraded(plant: Plant) -> None:
-    plant(H200, problem="GPU 1 does not answer: lost")
-
-    report = collect()
-
-    assert report.exit_code == 1
-    assert told(report, "degraded") == ["GPU 1 does not answer: lost"]
-
-
-def test_gpus_that_nvml_does_not_list_are_degraded(plant: Plant) -> None:
-    plant(problem="GPUs need nvidia-ml-py to be listed", seen_by_torch=2)
-
-    report = collect()
-
-    assert report.exit_code == 1
-    assert "torch counts 2 GPU(s) and NVML lists none" in told(report, "degraded")[0]
-
-
-def test_gpus_that_torch_does_not_see_are_degraded(plant: Plant) -> None:
-    plant(H200, seen_by_torch=0)
-
-    assert "sees no GPU where NVML lists 1" in told(collect(), "degraded")[0]
-
-
-def test_gpu_beside_a_cpu_build_of_torch_is_degraded_and_calls_run_on_the_cpu(
-    plant: Plant,
-) -> None:
-    plant(H200, versions={"cuda": None, "torch": "2.11.0+cpu"})
-
-    report = collect()
-
-    assert report.exit_code == 1
-    assert "needs a CUDA build of torch" in told(report, "degraded")[0]
-    assert [(one.device, one.decided) for one in report.devices] == [
-        ("cuda:0", False),
-        ("cpu", True),
-    ]
 
 
 @pytest.mark.parametrize(("gpu", "code"), [(H200, 1), (RTX_4090, 0)])
