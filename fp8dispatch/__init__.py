@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from fp8dispatch.prepare import invalidate
     from fp8dispatch.problem import Accuracy, LinearProblem
     from fp8dispatch.quantization.activation import QuantizedActivation
+    from fp8dispatch.quantization.groups import pack_to_fp8_e4m3
     from fp8dispatch.quantization.weight import dequantize, quantize
     from fp8dispatch.recipe import Granularity, Recipe
     from fp8dispatch.router import Assessment, Decision, Standing
@@ -91,6 +92,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "prepare": ("invalidate",),
     "problem": ("Accuracy", "LinearProblem"),
     "quantization.activation": ("QuantizedActivation",),
+    "quantization.groups": ("pack_to_fp8_e4m3",),
     "quantization.weight": ("dequantize", "quantize"),
     "recipe": ("Granularity", "Recipe"),
     "router": ("Assessment", "Decision", "Standing"),
@@ -138,6 +140,7 @@ __all__ = [
     "fp8_linear",
     "fp8_linear_quantized",
     "invalidate",
+    "pack_to_fp8_e4m3",
     "quantize",
     "reload_environment",
     "set_backend",

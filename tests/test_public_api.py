@@ -57,6 +57,7 @@ NAMES = [
     "fp8_linear",
     "fp8_linear_quantized",
     "invalidate",
+    "pack_to_fp8_e4m3",
     "quantize",
     "reload_environment",
     "set_backend",
@@ -85,12 +86,13 @@ SIGNATURES = {
     "FP8BlockQuantLinear.apply": "X weight weight_scale",
     "FbgemmFp8Linear_matmul.apply": "x weight weight_scale bias=None",
     "quantize": "tensor recipe=block 128x128 * block_size=None dtype=torch.float8_e4m3fn "
-    "scale_dtype=torch.float32",
+    "scale_dtype=torch.float32 nonfinite=raise",
     "dequantize": "data scale * block_size=None dtype=torch.bfloat16",
     "convert_model": "model recipe=block 128x128 * skip=('lm_head',) block_size=None "
     "dtype=torch.float8_e4m3fn scale_dtype=torch.float32 backend=None",
     "QuantizedActivation": "data scale",
     "invalidate": "*tensors",
+    "pack_to_fp8_e4m3": "x group=64",
     "reload_environment": "",
 }
 
