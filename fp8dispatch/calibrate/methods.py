@@ -50,7 +50,8 @@ def amax_by(
     if method == "max":
         return magnitudes.amax
     if method == "percentile":
-        return magnitudes.percentile(percentile)
+        # So many zeros that the percentile is one of them say nothing about a limit.
+        return magnitudes.percentile(percentile) or magnitudes.amax
     return least_error_amax(magnitudes, dtype)
 
 
