@@ -9,6 +9,7 @@ slower a watched call is, and whether a run in two halves gives the same file.
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 import sys
 import time
@@ -38,9 +39,8 @@ def main(path: str) -> None:
     ids = tokenizer(text)["input_ids"][: SAMPLES * TOKENS]
     batches = torch.tensor(ids).view(SAMPLES, 1, TOKENS)
 
-    stats, watched = calibrate(model, batches)
-    halves = [calibrate(model, part)[0] for part in (batches[:8], batches[8:])]
-    plain = seconds(model, batches)
+    stats = calibrate(model, batches)
+    halves = [calibrate(model, part) for part in (batches[:8], batches[8:])]
     rows = saturation(stats)
     sensitive = [row.name for row in rows if row.level == "sensitive"]
     assert sensitive == [EXPECTED], sensitive
@@ -48,12 +48,17 @@ def main(path: str) -> None:
         errors = output_errors(model, stats, lambda: model(batches[0]))
     result: dict[str, Any] = {
         "model": f"{PACKAGE} {metadata.version(PACKAGE)}",
+        "transformers": metadata.version("transformers"),
+        "processor": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "text": f"pydoc_data.topics, {len(text)} characters",
         "samples": SAMPLES,
         "tokens": SAMPLES * TOKENS,
         "sensitive": sensitive,
         "findings": findings(stats),
         "saturation": [vars(row) for row in rows[:12]],
-        "output_errors": {name: vars(error) for name, error in errors.items()},
+        "output_errors": {
+            name: {way: vars(error) for way, error in ways.items()} for name, ways in errors.items()
+        },
         "activation_scales": {
             method: {EXPECTED: activation_scales(stats, method)[EXPECTED]}
             for method in ("max", "percentile", "mse")
@@ -62,7 +67,7 @@ def main(path: str) -> None:
             name: [float(scales.key), float(scales.value)]
             for name, scales in list(kv_cache_scales(stats).items())[:: len(stats.kv_cache) - 1]
         },
-        "seconds_per_sample": {"watched": watched, "plain": plain},
+        "seconds_per_sample": overhead(model, batches),
         "two_halves_merge_to_the_same": merge_stats(*halves).modules == stats.modules,
         "bytes_of_the_statistics": len(stats.model_dump_json()),
     }
@@ -86,23 +91,30 @@ def load() -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(found.parent, **options)
 
 
-def calibrate(model: Any, batches: torch.Tensor) -> tuple[CalibrationStats, float]:
-    """Statistics, and the median seconds of a watched call."""
-    with Calibrator(model) as calibrator:
-        taken = seconds(model, batches)
-        calibrator.count_samples(len(batches), batches.numel())
-    return calibrator.stats(), taken
-
-
-def seconds(model: Any, batches: torch.Tensor) -> float:
-    """The median seconds of a call."""
-    times = []
-    with torch.no_grad():
+def calibrate(model: Any, batches: torch.Tensor) -> CalibrationStats:
+    """The statistics of some samples."""
+    with torch.no_grad(), Calibrator(model) as calibrator:
         for batch in batches:
+            model(batch)
+        calibrator.count_samples(len(batches), batches.numel())
+    return calibrator.stats()
+
+
+def overhead(model: Any, batches: torch.Tensor) -> dict[str, float]:
+    """Median seconds of a call, watched and not, one after the other on each sample."""
+    watched, plain = [], []
+    for batch in batches:
+        with torch.no_grad():
             start = time.perf_counter()
             model(batch)
-            times.append(time.perf_counter() - start)
-    return round(statistics.median(times), 3)
+            plain.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        calibrate(model, batch[None])
+        watched.append(time.perf_counter() - start)
+    return {
+        "watched": round(statistics.median(watched), 3),
+        "plain": round(statistics.median(plain), 3),
+    }
 
 
 if __name__ == "__main__":

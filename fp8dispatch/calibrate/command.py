@@ -185,7 +185,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _summary(
     arguments: argparse.Namespace,
     stats: CalibrationStats,
-    output_errors: dict[str, OutputError],
+    output_errors: dict[str, dict[str, OutputError]],
     notes: list[str],
 ) -> int:
     """Print what was found; the exit code."""
@@ -203,7 +203,10 @@ def _summary(
             "kv_cache_layers": len(stats.kv_cache),
             "findings": found,
             "saturation": [_plain(row) for row in rows],
-            "output_errors": {name: vars(error) for name, error in output_errors.items()},
+            "output_errors": {
+                name: {way: vars(error) for way, error in ways.items()}
+                for name, ways in output_errors.items()
+            },
         }
         sys.stdout.write(json.dumps(summary, indent=2) + "\n")
     else:
@@ -216,13 +219,8 @@ def _summary(
             soft_wrap=True,
         )
         console.print(_table(rows[:_ROWS]))
-        for name, error in output_errors.items():
-            static = ", ".join(f"{way} {value:.2%}" for way, value in error.static.items())
-            console.print(
-                f"error of the output of {name}: {static}, one scale per token {error.dynamic:.2%}",
-                highlight=False,
-                soft_wrap=True,
-            )
+        if output_errors:
+            console.print(_errors_table(output_errors))
         for sentence in found:
             console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
     spoilt = any(record.nonfinite for record in stats.modules.values())
@@ -251,6 +249,20 @@ def _table(rows: list[Any]) -> Table:
             f"{row.underflow:.2e}",
             "" if row.level == "fine" else row.level,
         )
+    return table
+
+
+def _errors_table(output_errors: dict[str, dict[str, OutputError]]) -> Table:
+    table = Table(
+        title="error of the output with these inputs in FP8: of all tokens, of the median token",
+        title_justify="left",
+    )
+    ways = list(next(iter(output_errors.values())))
+    for heading in ("layer", *ways):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for name, errors in output_errors.items():
+        cells = [f"{errors[way].total:.2%}, {errors[way].median_token:.2%}" for way in ways]
+        table.add_row(name, *cells)
     return table
 
 

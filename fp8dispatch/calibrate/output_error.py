@@ -21,35 +21,36 @@ from fp8dispatch.errors import DTypeError
 from fp8dispatch.quantization.activation import QuantizedActivation
 from fp8dispatch.quantization.eager import scale_of
 
+DYNAMIC = "dynamic"
+"""The name of one scale per token among the ways that are compared."""
+
 
 @dataclass(frozen=True)
 class OutputError:
-    """Errors of a layer's output with its inputs in E4M3 and its weight as it is.
+    """How far a layer's output is off with its inputs in E4M3 and its weight as it is.
 
     Attributes:
-        static: relative error ``|y - y_exact| / |y_exact|`` (Frobenius) for each static scale, by
-            the name that it was given.
-        dynamic: the same with one scale per token.
+        total: ``|y - y_exact| / |y_exact|`` over all tokens (Frobenius). A massive activation
+            carries most of it.
+        median_token: the same for each token, and of those the median: what happens to the others.
     """
 
-    static: dict[str, float]
-    dynamic: float
-
-    @property
-    def best(self) -> str:
-        """The name of the static scale with the least error, or ``"dynamic"``."""
-        return min({**self.static, "dynamic": self.dynamic}.items(), key=lambda item: item[1])[0]
+    total: float
+    median_token: float
 
 
 def compare_output_error(
     layer: nn.Linear, x: torch.Tensor, scales: Mapping[str, float]
-) -> OutputError:
+) -> dict[str, OutputError]:
     """Run a layer with its inputs quantised in several ways.
 
     Args:
         layer: a linear layer.
         x: its inputs [..., K], real ones.
-        scales: static scales to compare, ``value = data * scale``, by a name of one's choice.
+        scales: static scales to compare, ``value = data * scale``, by names of one's choice.
+
+    Returns:
+        The errors by those names, and under ``"dynamic"`` that of one scale per token.
 
     Raises:
         DTypeError, ShapeError: arguments that do not fit.
@@ -58,25 +59,27 @@ def compare_output_error(
     if not isinstance(layer, nn.Linear):
         raise DTypeError(f"layer must be a torch.nn.Linear, found {type(layer).__name__}")
     check_activations("x", x)
+    ways: dict[str, float | None] = {**scales, DYNAMIC: None}
     with torch.no_grad():
         rows = x.reshape(-1, x.shape[-1])
         weight = layer.weight.float()
         exact = F.linear(rows.float(), weight)
-        size = exact.norm().clamp(min=torch.finfo(torch.float32).tiny)
-
-        def error(scale: float | None) -> float:
+        smallest = torch.finfo(torch.float32).tiny
+        found = {}
+        for name, scale in ways.items():
             static = None if scale is None else torch.tensor([scale], device=x.device)
             quantized = QuantizedActivation.from_tensor(rows, scale=static)
-            restored = quantized.data.float() * quantized.scale
-            return float((F.linear(restored, weight) - exact).norm() / size)
-
-        return OutputError({name: error(scale) for name, scale in scales.items()}, error(None))
+            error = F.linear(quantized.data.float() * quantized.scale, weight) - exact
+            tokens = error.norm(dim=1) / exact.norm(dim=1).clamp(min=smallest)
+            total = error.norm() / exact.norm().clamp(min=smallest)
+            found[name] = OutputError(float(total), float(tokens.median()))
+    return found
 
 
 def output_errors(
     model: nn.Module, stats: CalibrationStats, forward: Callable[[], object], most: int = 16
-) -> dict[str, OutputError]:
-    """`compare_output_error` for the layers with outliers: methods max and percentile, and dynamic.
+) -> dict[str, dict[str, OutputError]]:
+    """`compare_output_error` for the layers with outliers: methods max and percentile.
 
     Args:
         model: the model of the statistics.

@@ -77,13 +77,13 @@ class Result:
     Attributes:
         stats: also in the plan's output file.
         samples: how many were there to run, at most the plan's.
-        output_errors: of the layers with outliers, by name: static scales of the methods max and
-            percentile against one scale per token.
+        output_errors: of the layers with outliers, by name and by way: static scales of the
+            methods max and percentile, and one scale per token.
     """
 
     stats: CalibrationStats
     samples: int
-    output_errors: dict[str, OutputError]
+    output_errors: dict[str, dict[str, OutputError]]
 
 
 def run_plan(

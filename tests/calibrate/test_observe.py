@@ -217,13 +217,18 @@ def test_the_scale_serves_the_layers_in_fp8() -> None:
         expected = model(x)
     scales = activation_scales(calibrator.stats())
     quantized = copy.deepcopy(model)
-    for name, scale in scales.items():
-        parent, _, child = name.rpartition(".")
-        layer = quantized.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        static = fp8dispatch.FP8Linear.from_linear(layer, activation_scale=torch.tensor([scale]))
-        setattr(quantized.get_submodule(parent), child, static)
+    report = fp8dispatch.convert_model(quantized, "row", activation_scales=scales)
 
+    assert set(report.converted) == set(LINEARS)
+    assert [
+        name
+        for name, module in quantized.named_modules()
+        if hasattr(module, "recipe") and module.activation_scale is None
+    ] == ["unused"], "no call reached it: dynamic"
+    static = quantized.attention.o_proj.activation_scale
+    assert static.tolist() == [scales["attention.o_proj"]]
+    with pytest.raises(InvalidInputError, match="found 'q_proj', which is none"):
+        fp8dispatch.convert_model(model, activation_scales={"q_proj": 1.0})
     got = quantized(x)
 
     error = (got - expected).norm() / expected.norm()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -221,7 +223,8 @@ def test_a_finding_of_outliers_comes_with_the_error_of_the_output(
     assert main(folder, "--text", text, "-n", 2, "-o", output) == 0
 
     out = capsys.readouterr().out
-    assert "error of the output of model.layers.1.mlp.down_proj: max" in out
+    assert "error of the output with these inputs in FP8" in out
+    assert re.search(r"down_proj +\S +[\d.]+%, +[\d.]+% ", out)
     assert "- model.layers.1.mlp.down_proj: the largest input is" in out
 
 
@@ -378,6 +381,22 @@ def test_transformers_is_asked_for_by_its_extra(
     monkeypatch.setattr(checkpoint_module, "find_spec", lambda name: None)
     assert main(folder, "--text", text, "-o", output) == 2
     assert "pip install 'fp8dispatch[calibrate]'" in capsys.readouterr().err
+
+
+def test_help_waits_for_nothing_heavy() -> None:
+    code = """
+import sys
+from fp8dispatch import cli
+try:
+    cli.main(["calibrate", "--help"])
+finally:
+    heavy = {"torch", "transformers", "pydantic"}
+    print("loaded:", *heavy.intersection(sys.modules))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "safetensors and tokenizer files" in ran.stdout
+    assert ran.stdout.splitlines()[-1] == "loaded:"
 
 
 def test_a_bar_is_shown_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
