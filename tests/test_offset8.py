@@ -190,6 +190,28 @@ def test_the_scale_is_the_ieee_quotient(device: str) -> None:
     assert torch.equal(FP8Format.compute_scale_per_channel(amax[:, None], dim=1)[:, 0], exact)
 
 
+def test_a_round_trip_is_as_close_as_the_codecs_origin_promises(device: str) -> None:
+    x = torch.randn(256, 256, device=device) * 10
+    x[0] = 0
+    restored = dequantize_fp8(*quantize_fp8(x), torch.float32)
+
+    relative = ((restored - x).abs() / x.abs())[1:]
+    assert float((relative < 0.15).float().mean()) > 0.95
+    assert not restored[0].any(), "zeros stay zero"
+    small = torch.tensor([1e-4, -1e-4, 5e-5], device=device)
+    assert torch.equal(dequantize_fp8(*quantize_fp8(small)).sign().float(), small.sign())
+
+
+def test_the_product_is_within_5_percent_of_the_fp16_baseline(device: str) -> None:
+    a = (torch.randn(96, 200, device=device) * 0.02).half()
+    b = (torch.randn(200, 72, device=device) * 0.02).half()
+    baseline = a.float() @ b.float()
+
+    found = compare_to_baseline(fp8_gemm(a, b, output_dtype=torch.float32), baseline)
+
+    assert found.mean_error < 0.05 * float(baseline.abs().mean())
+
+
 def test_infinities_saturate_on_request_and_nan_never() -> None:
     values = torch.tensor([torch.inf, -torch.inf, 3.5, -1.0])
     codes, scale = quantize_fp8(values, nonfinite="saturate")
