@@ -191,7 +191,7 @@ def test_the_scale_is_the_ieee_quotient(device: str) -> None:
 
 
 def test_a_round_trip_is_as_close_as_the_codecs_origin_promises(device: str) -> None:
-    x = torch.randn(256, 256, device=device) * 10
+    x = torch.randn(32, 32, device=device) * 10
     x[0] = 0
     restored = dequantize_fp8(*quantize_fp8(x), torch.float32)
 

@@ -26,11 +26,13 @@ class StackedWeight:
 
     Attributes:
         layer: name of the module that holds it.
+        parameter: its own name in that module.
         parts: the projections in it, ``("gate_proj", "up_proj")`` where two are in one.
         weight: [E, ...].
     """
 
     layer: str
+    parameter: str
     parts: tuple[str, ...]
     weight: torch.Tensor
 
@@ -42,7 +44,7 @@ class StackedWeight:
 def stacked_weights(model: nn.Module) -> list[StackedWeight]:
     """Every parameter of three dimensions in a module that is called experts."""
     return [
-        StackedWeight(layer, _PARTS.get(name, (name,)), parameter)
+        StackedWeight(layer, name, _PARTS.get(name, (name,)), parameter)
         for layer, module in model.named_modules()
         if "expert" in layer.rpartition(".")[2]
         for name, parameter in module.named_parameters(recurse=False)

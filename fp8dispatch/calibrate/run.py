@@ -11,6 +11,7 @@ from torch import nn
 
 from fp8dispatch.calibrate.checkpoint import Checkpoint, fingerprint, load_checkpoint
 from fp8dispatch.calibrate.methods import DEFAULT_PERCENTILE, Method
+from fp8dispatch.calibrate.names import names_in_files, renamed
 from fp8dispatch.calibrate.observe import Calibrator
 from fp8dispatch.calibrate.output_error import OutputError, output_errors
 from fp8dispatch.calibrate.stats import CalibrationStats, SourceRecord, merge_stats
@@ -94,7 +95,8 @@ def run_plan(
 ) -> Result:
     """Calibrate, going on where an interrupted run of the same plan stopped.
 
-    The statistics of a resumed run are those of an uninterrupted one.
+    The statistics of a resumed run are those of an uninterrupted one. Layers are called as in the
+    checkpoint's files.
 
     Args:
         plan: what to run.
@@ -118,8 +120,10 @@ def run_plan(
     )
     stats = _observe(plan, checkpoint, ids, source, done, on_progress)
     stats.save(plan.output)
-    errors = output_errors(checkpoint.model, stats, lambda: _forward(checkpoint.model, ids[:1]))
-    return Result(stats, len(ids), errors)
+    names = names_in_files(checkpoint.model)
+    in_memory = renamed(stats, {there: here for here, there in names.items()})
+    errors = output_errors(checkpoint.model, in_memory, lambda: _forward(checkpoint.model, ids[:1]))
+    return Result(stats, len(ids), {names.get(name, name): ways for name, ways in errors.items()})
 
 
 def _found(plan: Plan, source: SourceRecord) -> CalibrationStats | None:
@@ -161,6 +165,7 @@ def _observe(
     def so_far(samples: int, complete: bool) -> CalibrationStats:
         part = source.model_copy(update={"first": first, "samples": samples - first})
         found = calibrator.stats(sources=[part], complete=complete)
+        found = renamed(found, names_in_files(checkpoint.model, found.kv_cache))
         if done is None:
             return found
         named = {"complete": True, "method": plan.method, "percentile": plan.percentile}

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from fp8dispatch import cli
 from fp8dispatch.calibrate import checkpoint as checkpoint_module
@@ -147,9 +148,14 @@ def test_statistics_of_something_else_are_not_gone_on_with(
 def test_experts_of_a_checkpoint_are_observed(tmp_path: Path, text: Path, output: Path) -> None:
     folder = save_checkpoint(mixtral(), tmp_path / "tiny-mixtral")
     stats = run_plan(plan(folder, text, output, samples=4)).stats
-    counts = [record.values for name, record in stats.modules.items() if name.endswith("down_proj")]
-    assert len(counts) == 8
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        weights = {name.removesuffix(".weight") for name in file.keys()}  # noqa: SIM118
+    experts = "model.layers.0.block_sparse_moe.experts"
+    expected = {f"{experts}.{index}.{part}" for index in range(8) for part in ("w1", "w2", "w3")}
+    assert expected <= set(stats.modules) <= weights, "named as in the files"
+    counts = [stats.modules[f"{experts}.{index}.w2"].values for index in range(8)]
     assert sum(counts) == 2 * stats.tokens * 48, "every token goes to two experts"
+    assert run_plan(plan(folder, text, output, samples=6)).stats.samples == 6, "and it goes on"
 
 
 def main(*arguments: object) -> int:
