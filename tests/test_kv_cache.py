@@ -108,6 +108,8 @@ X = torch.ones(B, H, T, D)
         (lambda: KVScales(torch.zeros(1), PER_LAYER), ScaleValueError, "key must be finite"),
         (lambda: KVScales(PER_LAYER, PER_LAYER * torch.nan), ScaleValueError, "value must be"),
         (lambda: KVScales(torch.ones(2, 2), PER_LAYER), ShapeError, r"\[heads\]"),
+        (lambda: KVCacheQuantizer([PER_LAYER]), DTypeError, "must be KVScales, found Tensor"),  # type: ignore[list-item]
+        (lambda: KVCacheQuantizer([], torch.int8), DTypeError, "dtype"),
     ],
 )
 def test_what_does_not_fit_is_refused(call: object, error: type[Exception], words: str) -> None:

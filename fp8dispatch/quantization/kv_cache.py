@@ -13,7 +13,13 @@ from dataclasses import dataclass
 import torch
 
 from fp8dispatch.checks import check_activations, check_choice, check_dense, check_dtype
-from fp8dispatch.errors import DeviceError, InvalidInputError, ScaleValueError, ShapeError
+from fp8dispatch.errors import (
+    DeviceError,
+    DTypeError,
+    InvalidInputError,
+    ScaleValueError,
+    ShapeError,
+)
 from fp8dispatch.formats import ACTIVATION_DTYPES, FLOAT8_DTYPES
 from fp8dispatch.quantization.eager import quantize_static
 
@@ -72,6 +78,13 @@ class KVCacheQuantizer:
             if isinstance(scales, Mapping)
             else {str(index): layer for index, layer in enumerate(scales)}
         )
+        wrong = [name for name, layer in self.scales.items() if not isinstance(layer, KVScales)]
+        if wrong:
+            raise DTypeError(
+                f"the scales of each layer must be KVScales, found "
+                f"{type(self.scales[wrong[0]]).__name__} for layer {wrong[0]}; take them from "
+                f"kv_cache_scales"
+            )
 
     def quantize(
         self, layer: int | str, key: torch.Tensor, value: torch.Tensor

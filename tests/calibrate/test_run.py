@@ -110,6 +110,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 def test_more_samples_go_on_from_a_finished_run(folder: Path, text: Path, output: Path) -> None:
     run_plan(plan(folder, text, output, samples=10))
     more = run_plan(plan(folder, text, output, samples=20)).stats
+    assert run_plan(plan(folder, text, output, samples=20)).stats == more, "nothing is run twice"
     anew = run_plan(plan(folder, text, output, samples=20), restart=True).stats
     assert more == anew
     with pytest.raises(CalibrationError, match="at most 5 samples to go on with, found 20"):
