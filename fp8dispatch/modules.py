@@ -331,26 +331,18 @@ def convert_model(
 
 
 def _static_scales(model: nn.Module, scales: Mapping[str, float] | None) -> dict[str, torch.Tensor]:
-    """The scales as tensors beside their layers' weights.
-
-    Raises:
-        InvalidInputError: a name that no linear layer has.
-    """
-    layers = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear)
-    }
-    unknown = [name for name in scales or () if name not in layers]
-    if unknown:
-        raise InvalidInputError(
-            f"activation_scales must name linear layers of the model, found {unknown[0]!r}, which "
-            f"is none; calibrate this model, with its layers named as they are here"
-        )
-    return {
-        name: torch.tensor([scale], dtype=torch.float32, device=layers[name].weight.device)
-        for name, scale in (scales or {}).items()
-    }
+    """The scales as tensors beside their layers' weights, or the error of a name without layer."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {}
+    for name, scale in (scales or {}).items():
+        layer = modules.get(name)
+        if not isinstance(layer, nn.Linear):
+            raise InvalidInputError(
+                f"activation_scales must name linear layers of the model, found {name!r}, which is "
+                f"none; calibrate this model, with its layers named as they are here"
+            )
+        found[name] = torch.tensor([scale], dtype=torch.float32, device=layer.weight.device)
+    return found
 
 
 def _why_left_alone(layer: nn.Linear) -> str | None:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fp8dispatch import cli
 from fp8dispatch.calibrate import checkpoint as checkpoint_module
 from fp8dispatch.calibrate import command
 from fp8dispatch.calibrate import run as run_module
@@ -23,29 +22,11 @@ from fp8dispatch.calibrate.observe import Calibrator
 from fp8dispatch.calibrate.run import Plan, run_plan
 from fp8dispatch.calibrate.stats import CalibrationStats
 from fp8dispatch.errors import CalibrationError
+from tests.calibrate.conftest import LINES, main
 from tests.calibrate.models import llama, mixtral, save_checkpoint
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
-
-LINES = [f"sample {index}:{' the quick brown fox' * (index % 4 + 1)}" for index in range(40)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(llama(), tmp_path_factory.mktemp("tiny") / "tiny-llama")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("\n\n".join(LINES))
-    return path
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "stats.json"
 
 
 def plan(folder: Path, text: Path, output: Path, **changes: Any) -> Plan:
@@ -159,10 +140,6 @@ def test_experts_of_a_checkpoint_are_observed(tmp_path: Path, text: Path, output
     assert run_plan(plan(folder, text, output, samples=6)).stats.samples == 6, "and it goes on"
 
 
-def main(*arguments: object) -> int:
-    return cli.main(["calibrate", *map(str, arguments)])
-
-
 def test_the_command_prints_a_summary_and_progress_lines(
     folder: Path, text: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,119 +240,6 @@ def test_parts_are_merged(
     assert [source.text for source in merged.sources] == ["part0.txt", "part1.txt"]
     counts = [CalibrationStats.load(file).modules["lm_head"].values for file in files]
     assert merged.modules["lm_head"].values == sum(counts)
-
-
-def pickled(folder: Path, tmp_path: Path) -> Path:
-    target = tmp_path / "pickled"
-    target.mkdir()
-    (target / "config.json").write_text((folder / "config.json").read_text())
-    (target / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
-    return target
-
-
-def remote(folder: Path, tmp_path: Path) -> Path:
-    """A checkpoint whose configuration points to code of its own."""
-    target = tmp_path / "remote"
-    target.mkdir()
-    for path in folder.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-    config = json.loads((target / "config.json").read_text())
-    config.update(model_type="mine", auto_map={"AutoConfig": "evil.Config"}, architectures=["Mine"])
-    (target / "config.json").write_text(json.dumps(config))
-    (target / "evil.py").write_text("raise SystemExit('the code of a checkpoint ran')")
-    return target
-
-
-def emptied(folder: Path, tmp_path: Path) -> Path:
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (pickled, "a pickle can run code, found pytorch_model.bin"),
-        (remote, "without running its code"),
-        (emptied, "must hold a config.json"),
-    ],
-)
-def test_checkpoints_that_are_not_safe_or_not_there_are_refused(
-    spoil: Callable[[Path, Path], Path],
-    words: str,
-    folder: Path,
-    text: Path,
-    output: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(spoil(folder, tmp_path), "--text", text, "-o", output) == 2
-    error = capsys.readouterr().err.strip()
-    assert words in error
-    assert "\n" not in error
-    assert not output.exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "name", "words"),
-    [
-        (None, "t.txt", "No such file"),
-        (b"\xff\xfe", "t.txt", "another encoding"),
-        (b"\n \n", "t.txt", "must hold a sample"),
-        (b'{"id": 1}', "t.jsonl", "line 1 of"),
-        (b"not json", "t.jsonl", "must be a JSON string"),
-        (b"[" * 100_000, "t.jsonl", "must be a JSON string"),
-    ],
-)
-def test_texts_that_cannot_be_read_are_refused(
-    content: bytes | None,
-    name: str,
-    words: str,
-    folder: Path,
-    output: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    assert main(folder, "--text", path, "-o", output) == 2
-    assert words in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        ((), 2, "calibrate needs MODEL_DIR and --text"),
-        (("m", "--text", "t", "--merge", "x"), 2, "--merge takes files of statistics alone"),
-        (("m", "--text", "t", "--percentile", "0"), 2, "above 0 and at most 100"),
-        (("--merge", "none.json"), 2, "No such file"),
-        pytest.param(
-            ("m", "--text", "t", "--device", "cuda"),
-            3,
-            "torch finds none",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
-        ),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused(
-    arguments: tuple[str, ...],
-    code: int,
-    words: str,
-    output: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(*arguments, "-o", output) == code
-    assert words in capsys.readouterr().err
-
-
-def test_an_output_without_a_folder_is_refused_before_anything_runs(
-    folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(folder, "--text", text, "-o", tmp_path / "none" / "s.json") == 2
-    assert "an existing folder" in capsys.readouterr().err
-    for wrong in ("0", "-3"):
-        with pytest.raises(SystemExit) as exit_:
-            main(folder, "-n", wrong, "-o", "x")
-        assert exit_.value.code == 2
 
 
 def test_transformers_is_asked_for_by_its_extra(
