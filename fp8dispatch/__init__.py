@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fp8dispatch.calibrate.delayed import DelayedScaling
+    from fp8dispatch.calibrate.observe import Calibrator
+    from fp8dispatch.calibrate.scales import activation_scales, kv_cache_scales
+    from fp8dispatch.calibrate.stats import CalibrationStats
     from fp8dispatch.decide import stats
     from fp8dispatch.errors import (
         AmbiguousRecipeError,
         BackendUnavailableError,
+        CalibrationError,
         ConfigurationError,
         DeviceError,
         DTypeError,
@@ -48,6 +53,8 @@ if TYPE_CHECKING:
     from fp8dispatch.prepare import invalidate
     from fp8dispatch.problem import Accuracy, LinearProblem
     from fp8dispatch.quantization.activation import QuantizedActivation
+    from fp8dispatch.quantization.groups import pack_to_fp8_e4m3
+    from fp8dispatch.quantization.kv_cache import KVCacheQuantizer, KVScales
     from fp8dispatch.quantization.weight import dequantize, quantize
     from fp8dispatch.recipe import Granularity, Recipe
     from fp8dispatch.router import Assessment, Decision, Standing
@@ -55,10 +62,15 @@ if TYPE_CHECKING:
 
 # Module -> the public names that live there.
 _HOMES: dict[str, tuple[str, ...]] = {
+    "calibrate.delayed": ("DelayedScaling",),
+    "calibrate.observe": ("Calibrator",),
+    "calibrate.scales": ("activation_scales", "kv_cache_scales"),
+    "calibrate.stats": ("CalibrationStats",),
     "decide": ("stats",),
     "errors": (
         "AmbiguousRecipeError",
         "BackendUnavailableError",
+        "CalibrationError",
         "ConfigurationError",
         "DTypeError",
         "DeviceError",
@@ -91,6 +103,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "prepare": ("invalidate",),
     "problem": ("Accuracy", "LinearProblem"),
     "quantization.activation": ("QuantizedActivation",),
+    "quantization.groups": ("pack_to_fp8_e4m3",),
+    "quantization.kv_cache": ("KVCacheQuantizer", "KVScales"),
     "quantization.weight": ("dequantize", "quantize"),
     "recipe": ("Granularity", "Recipe"),
     "router": ("Assessment", "Decision", "Standing"),
@@ -103,10 +117,14 @@ __all__ = [
     "AmbiguousRecipeError",
     "Assessment",
     "BackendUnavailableError",
+    "CalibrationError",
+    "CalibrationStats",
+    "Calibrator",
     "ConfigurationError",
     "ConversionReport",
     "DTypeError",
     "Decision",
+    "DelayedScaling",
     "DeviceError",
     "FP8BlockQuantLinear",
     "FP8DispatchError",
@@ -116,6 +134,8 @@ __all__ = [
     "FrozenWeightError",
     "Granularity",
     "InvalidInputError",
+    "KVCacheQuantizer",
+    "KVScales",
     "LinearProblem",
     "NumericalOverflowError",
     "QuantizedActivation",
@@ -129,6 +149,7 @@ __all__ = [
     "WarmedLayer",
     "__version__",
     "act_quant",
+    "activation_scales",
     "convert_model",
     "dequantize",
     "explain",
@@ -138,6 +159,8 @@ __all__ = [
     "fp8_linear",
     "fp8_linear_quantized",
     "invalidate",
+    "kv_cache_scales",
+    "pack_to_fp8_e4m3",
     "quantize",
     "reload_environment",
     "set_backend",

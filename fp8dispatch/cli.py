@@ -17,6 +17,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "fp8dispatch.doctor.__main__",
         "what this machine can run, what it would choose and why",
     ),
+    "calibrate": (
+        "fp8dispatch.calibrate.command",
+        "measure the inputs of a model's layers on a text, for static scales",
+    ),
 }
 """Subcommand -> its module, which has `add_arguments(parser)` and `run(arguments) -> exit code`
 and whose docstring is the command's description; and its line of help."""

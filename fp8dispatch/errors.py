@@ -9,6 +9,7 @@
     |   `-- ScaleValueError                   a scale that is NaN, infinite or negative
     |-- UnknownBackendError (ValueError)      a name that no backend has
     |-- ConfigurationError (ValueError)       an environment variable that cannot be read
+    |-- CalibrationError (ValueError)         a model, a text or statistics that cannot be used
     |-- BackendUnavailableError (RuntimeError) no allowed backend runs this call here
     |-- FrozenWeightError (RuntimeError)      a gradient asked of an FP8 weight or its scale
     |-- UnsupportedTransformError (RuntimeError) a torch.func transform that is not supported
@@ -56,6 +57,10 @@ class UnknownBackendError(FP8DispatchError, ValueError):
 
 class ConfigurationError(FP8DispatchError, ValueError):
     """An environment variable whose value cannot be read."""
+
+
+class CalibrationError(FP8DispatchError, ValueError):
+    """A model, a text or a file of statistics that calibration cannot use."""
 
 
 class BackendUnavailableError(FP8DispatchError, RuntimeError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -252,6 +252,7 @@ def convert_model(
     block_size: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float8_e4m3fn,
     scale_dtype: torch.dtype = torch.float32,
+    activation_scales: Mapping[str, float] | None = None,
     backend: str | None = None,
 ) -> ConversionReport:
     """Replace every ``nn.Linear`` of a model by an `FP8Linear`, in place.
@@ -266,13 +267,16 @@ def convert_model(
         skip: what to leave alone: parts of a dotted name (``"lm_head"`` also means
             ``"model.lm_head"``, ``"pooler"`` all that is inside ``"encoder.pooler"``), or a
             pattern for the whole name such as ``"*.layers.[0-3].*"``.
+        activation_scales: static scales by the layers' names, as `fp8dispatch.activation_scales`
+            gives them; layers without one compute theirs per token.
 
     Returns:
         What was converted, and what was skipped and why.
 
     Raises:
-        InvalidInputError: the model is an ``nn.Linear`` itself, `skip` is a bare string, or a
-            weight has a dtype that cannot be quantised; the message then names the layer.
+        InvalidInputError: the model is an ``nn.Linear`` itself, `skip` is a bare string, an
+            activation scale is that of no linear layer, or a weight has a dtype that cannot be
+            quantised; the message then names the layer.
         NumericalOverflowError: a weight holds NaN or infinity; the message names the layer.
             Layers are replaced only after all of them could be quantised.
     """
@@ -287,6 +291,7 @@ def convert_model(
     check_backend(backend, registry.NAMES)
     patterns = _names(skip)
     unmatched = set(patterns)
+    static = _static_scales(model, activation_scales)
     replacements: dict[str, FP8Linear] = {}
     skipped: list[tuple[str, str]] = []
     made: dict[nn.Linear, FP8Linear] = {}  # one layer under two names stays one layer
@@ -306,6 +311,7 @@ def convert_model(
                 module,
                 quantized.get(module.weight),
                 chosen,
+                activation_scale=static.get(name),
                 dtype=dtype,
                 scale_dtype=scale_dtype,
                 backend=backend,
@@ -324,6 +330,21 @@ def convert_model(
     )
 
 
+def _static_scales(model: nn.Module, scales: Mapping[str, float] | None) -> dict[str, torch.Tensor]:
+    """The scales as tensors beside their layers' weights, or the error of a name without layer."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {}
+    for name, scale in (scales or {}).items():
+        layer = modules.get(name)
+        if not isinstance(layer, nn.Linear):
+            raise InvalidInputError(
+                f"activation_scales must name linear layers of the model, found {name!r}, which is "
+                f"none; calibrate this model, with its layers named as they are here"
+            )
+        found[name] = torch.tensor([scale], dtype=torch.float32, device=layer.weight.device)
+    return found
+
+
 def _why_left_alone(layer: nn.Linear) -> str | None:
     if type(layer) is not nn.Linear:
         return f"a subclass of nn.Linear ({type(layer).__name__})"
@@ -335,15 +356,28 @@ def _why_left_alone(layer: nn.Linear) -> str | None:
 
 
 def _convert_layer(
-    name: str, layer: nn.Linear, twin: FP8Linear | None, recipe: Recipe, **options: Any
+    name: str,
+    layer: nn.Linear,
+    twin: FP8Linear | None,
+    recipe: Recipe,
+    *,
+    activation_scale: torch.Tensor | None,
+    **options: Any,
 ) -> FP8Linear:
     """The FP8 form of a layer; `twin` is that of a layer over the same weight."""
     try:
         if twin is None:
-            converted = FP8Linear.from_linear(layer, recipe, **options)
+            converted = FP8Linear.from_linear(
+                layer, recipe, activation_scale=activation_scale, **options
+            )
         else:
             converted = FP8Linear._assemble(
-                twin.weight, twin.weight_scale, layer.bias, None, recipe, twin.backend
+                twin.weight,
+                twin.weight_scale,
+                layer.bias,
+                activation_scale,
+                recipe,
+                twin.backend,
             )
     except (InvalidInputError, NumericalOverflowError) as error:
         raise type(error)(f"layer {name!r}: {error}") from error

@@ -168,6 +168,75 @@ def test_errors_against_a_baseline() -> None:
     assert compare_to_baseline(torch.ones(2), torch.zeros(2)).relative_error == 0
 
 
+def test_every_code_decodes_to_its_step(device: str) -> None:
+    codes = torch.arange(256, dtype=torch.uint8, device=device)
+    restored = dequantize_fp8(codes, one(2.0, device), torch.float32).cpu().double()
+
+    exact = (torch.arange(256).double() - 128) / 127 * 448 / 2
+    torch.testing.assert_close(restored, exact, rtol=1e-6, atol=0)
+    assert restored[0] == pytest.approx(-451.5 / 2, abs=0.02), "a code that is never made"
+    again, _ = quantize_fp8(restored[1:].float().to(device), one(2.0, device))
+    assert torch.equal(again, codes[1:])
+
+
+def test_the_scale_is_the_ieee_quotient(device: str) -> None:
+    amax = torch.rand(500, device=device) + 0.5
+    exact = (448 / amax.double()).float()
+    reciprocal = 448 * (1 / amax)
+    assert not torch.equal(exact, reciprocal), "this data tells them apart"
+
+    scales = torch.stack([FP8Format.compute_scale(value) for value in amax])
+    assert torch.equal(scales, exact)
+    assert torch.equal(FP8Format.compute_scale_per_channel(amax[:, None], dim=1)[:, 0], exact)
+
+
+def test_a_round_trip_is_as_close_as_the_codecs_origin_promises(device: str) -> None:
+    x = torch.randn(32, 32, device=device) * 10
+    x[0] = 0
+    restored = dequantize_fp8(*quantize_fp8(x), torch.float32)
+
+    relative = ((restored - x).abs() / x.abs())[1:]
+    assert float((relative < 0.15).float().mean()) > 0.95
+    assert not restored[0].any(), "zeros stay zero"
+    small = torch.tensor([1e-4, -1e-4, 5e-5], device=device)
+    assert torch.equal(dequantize_fp8(*quantize_fp8(small)).sign().float(), small.sign())
+
+
+def test_the_product_is_within_5_percent_of_the_fp16_baseline(device: str) -> None:
+    a = (torch.randn(96, 200, device=device) * 0.02).half()
+    b = (torch.randn(200, 72, device=device) * 0.02).half()
+    baseline = a.float() @ b.float()
+
+    found = compare_to_baseline(fp8_gemm(a, b, output_dtype=torch.float32), baseline)
+
+    assert found.mean_error < 0.05 * float(baseline.abs().mean())
+
+
+def test_infinities_saturate_on_request_and_nan_never() -> None:
+    values = torch.tensor([torch.inf, -torch.inf, 3.5, -1.0])
+    codes, scale = quantize_fp8(values, nonfinite="saturate")
+
+    assert float(scale) == 128.0, "from the finite values"
+    assert codes.tolist() == [255, 1, 255, quantize_fp8(values[2:])[0][1]]
+    assert quantize_fp8(values, one(1.0), nonfinite="saturate")[0].tolist()[:2] == [255, 1]
+    with pytest.raises(NumericalOverflowError, match="NaN"):
+        quantize_fp8(torch.tensor([torch.nan]), nonfinite="saturate")
+    with pytest.raises(InvalidInputError, match="nonfinite"):
+        quantize_fp8(values, nonfinite="ignore")
+
+
+def test_the_errors_have_their_names_of_origin() -> None:
+    for alias, error in {
+        "TritonKernelError": fp8dispatch.FP8DispatchError,
+        "ShapeMismatchError": ShapeError,
+        "UnsupportedDtypeError": DTypeError,
+        "DeviceError": DeviceError,
+        "NumericalOverflowError": NumericalOverflowError,
+    }.items():
+        assert getattr(offset8, alias) is error
+        assert issubclass(error, offset8.TritonKernelError)
+
+
 def test_its_codes_are_no_fp8_bytes() -> None:
     tensor = torch.tensor([1.0, 2.0, -4.0])
     codes, _ = quantize_fp8(tensor, ONE)

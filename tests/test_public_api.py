@@ -22,10 +22,14 @@ NAMES = [
     "AmbiguousRecipeError",
     "Assessment",
     "BackendUnavailableError",
+    "CalibrationError",
+    "CalibrationStats",
+    "Calibrator",
     "ConfigurationError",
     "ConversionReport",
     "DTypeError",
     "Decision",
+    "DelayedScaling",
     "DeviceError",
     "FP8BlockQuantLinear",
     "FP8DispatchError",
@@ -35,6 +39,8 @@ NAMES = [
     "FrozenWeightError",
     "Granularity",
     "InvalidInputError",
+    "KVCacheQuantizer",
+    "KVScales",
     "LinearProblem",
     "NumericalOverflowError",
     "QuantizedActivation",
@@ -48,6 +54,7 @@ NAMES = [
     "WarmedLayer",
     "__version__",
     "act_quant",
+    "activation_scales",
     "convert_model",
     "dequantize",
     "explain",
@@ -57,6 +64,8 @@ NAMES = [
     "fp8_linear",
     "fp8_linear_quantized",
     "invalidate",
+    "kv_cache_scales",
+    "pack_to_fp8_e4m3",
     "quantize",
     "reload_environment",
     "set_backend",
@@ -85,12 +94,16 @@ SIGNATURES = {
     "FP8BlockQuantLinear.apply": "X weight weight_scale",
     "FbgemmFp8Linear_matmul.apply": "x weight weight_scale bias=None",
     "quantize": "tensor recipe=block 128x128 * block_size=None dtype=torch.float8_e4m3fn "
-    "scale_dtype=torch.float32",
+    "scale_dtype=torch.float32 nonfinite=raise",
     "dequantize": "data scale * block_size=None dtype=torch.bfloat16",
     "convert_model": "model recipe=block 128x128 * skip=('lm_head',) block_size=None "
-    "dtype=torch.float8_e4m3fn scale_dtype=torch.float32 backend=None",
+    "dtype=torch.float8_e4m3fn scale_dtype=torch.float32 activation_scales=None backend=None",
+    "activation_scales": "stats method=None * percentile=None dtype=torch.float8_e4m3fn "
+    "allow_incomplete=False",
+    "kv_cache_scales": "stats * per_head=False dtype=torch.float8_e4m3fn",
     "QuantizedActivation": "data scale",
     "invalidate": "*tensors",
+    "pack_to_fp8_e4m3": "x group=64",
     "reload_environment": "",
 }
 
@@ -265,7 +278,16 @@ def test_names_stay_after_every_module_is_imported() -> None:
 
 @pytest.mark.parametrize(
     "package",
-    ["backends", "backends.compute", "integrations", "kernels", "probes", "quantization"],
+    [
+        "backends",
+        "backends.compute",
+        "calibrate",
+        "integrations",
+        "kernels",
+        "offset8",
+        "probes",
+        "quantization",
+    ],
 )
 def test_each_folder_says_what_belongs_there(package: str) -> None:
     module = importlib.import_module(f"fp8dispatch.{package}")

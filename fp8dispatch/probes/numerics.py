@@ -24,11 +24,10 @@ import torch
 
 from fp8dispatch.backends.contract import Backend, Weight
 from fp8dispatch.errors import Refusal
-from fp8dispatch.formats import activation_float8, dtype_name, max_value
+from fp8dispatch.formats import activation_float8, cast, dtype_name, max_value
 from fp8dispatch.machine import Machine
 from fp8dispatch.probes.device import describe
 from fp8dispatch.problem import Accuracy, LinearProblem
-from fp8dispatch.quantization import eager
 from fp8dispatch.quantization.activation import QuantizedActivation, quantize_activation
 from fp8dispatch.recipe import Granularity, Recipe
 
@@ -311,7 +310,7 @@ def _make_weight(
     scale = _between_powers(problem.recipe.scale_shape(problem.n, problem.k), generator)
     scale *= 0.1 / limit
     scale.view(-1)[scale.numel() // 2] *= 12  # one large block, row, or all
-    return eager.cast(codes, dtype), scale
+    return cast(codes, dtype), scale
 
 
 def _make_activations(problem: LinearProblem, generator: torch.Generator) -> torch.Tensor:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +19,8 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fp8dispatch.atomic import write_atomically
 
 SCHEMA_VERSION: Literal[1] = 1
 WRONG_LASTS_S = 7 * 24 * 3600.0
@@ -119,7 +119,7 @@ class VerdictStore:
         path = self._path(fingerprint)
         try:
             self._make_directory()
-            _write_atomically(path, verdict.model_dump_json(indent=2).encode())
+            write_atomically(path, verdict.model_dump_json(indent=2).encode())
         except OSError as error:
             self._complain(error)
 
@@ -178,17 +178,3 @@ class VerdictStore:
                 type(error).__name__,
                 error,
             )
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise

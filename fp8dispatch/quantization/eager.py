@@ -1,16 +1,15 @@
 """The arithmetic of quantisation in plain torch: any device, and the definition of the numbers.
 
 Scales are ``amax / max_value(dtype)``, with the amax floored at 1e-12, and 1 where the amax is 0.
-Values are divided by their scale in IEEE fp32, clamped to the format's range, and rounded to
-nearest even by the cast. The clamp comes first because torch versions differ in what an
-overflowing cast gives (2.11: NaN, 2.13: the largest finite value); it keeps NaN as NaN.
+Values are divided by their scale in IEEE fp32, then `fp8dispatch.formats.cast` clamps and rounds
+them.
 """
 
 from __future__ import annotations
 
 import torch
 
-from fp8dispatch.formats import AMAX_FLOOR, max_value
+from fp8dispatch.formats import AMAX_FLOOR, cast, max_value
 from fp8dispatch.recipe import ceil_div
 
 
@@ -20,12 +19,6 @@ def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # reciprocal, which is not the IEEE quotient.
     scale = amax.clamp(min=AMAX_FLOOR) / torch.full_like(amax, max_value(dtype))
     return torch.where(amax == 0, torch.ones_like(scale), scale)
-
-
-def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """fp32 values, already divided by their scale, as FP8; saturates, NaN stays NaN."""
-    limit = max_value(dtype)
-    return values.clamp(-limit, limit).to(dtype)
 
 
 def quantize_grid(

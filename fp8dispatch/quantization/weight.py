@@ -12,6 +12,9 @@ from fp8dispatch.formats import (
     ACTIVATION_DTYPES,
     FLOAT8_DTYPES,
     SCALE_DTYPES,
+    NonFinite,
+    cast,
+    check_nonfinite,
     decode_scale,
     dtype_name,
     round_scale,
@@ -30,6 +33,7 @@ def quantize(
     block_size: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float8_e4m3fn,
     scale_dtype: torch.dtype = torch.float32,
+    nonfinite: NonFinite = "raise",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise a matrix [N, K] into real FP8 data and scales, ``value = data * scale``.
 
@@ -43,6 +47,8 @@ def quantize(
         block_size: ``(block_n, block_k)`` of the block recipe, default (128, 128).
         dtype: an FP8 dtype.
         scale_dtype: float32, bfloat16, float16, float8_e8m0fnu or uint8 (E8M0 exponents).
+        nonfinite: ``"raise"``, or ``"saturate"``: scales come from the finite values, infinities
+            become the largest value of their block, and NaN stays NaN.
 
     Returns:
         data [N, K] in `dtype`, and the scale in `scale_dtype`: [1], [N, 1] or
@@ -50,7 +56,8 @@ def quantize(
 
     Raises:
         DTypeError, ShapeError, InvalidInputError: arguments that do not fit.
-        NumericalOverflowError: the tensor holds NaN or infinity, or a scale leaves `scale_dtype`.
+        NumericalOverflowError: the tensor holds NaN or infinity (unless they saturate), or a
+            scale leaves `scale_dtype`.
     """
     chosen = Recipe.parse(recipe, block_size)
     check_transforms(tensor)
@@ -61,6 +68,7 @@ def quantize(
         )
     check_choice("dtype", dtype, FLOAT8_DTYPES)
     check_choice("scale_dtype", scale_dtype, SCALE_DTYPES)
+    check_nonfinite(nonfinite)
     n, k = tensor.shape
     scale_shape = chosen.scale_shape(n, k)
     if tensor.is_meta:
@@ -70,11 +78,15 @@ def quantize(
         )
     rows, columns = block_of(chosen, n, k)
     with torch.no_grad():
-        amax = eager.grid_amax(tensor, rows, columns)
+        if nonfinite == "saturate":
+            amax = eager.grid_amax(torch.where(tensor.isfinite(), tensor, 0), rows, columns)
+            tensor = torch.where(tensor.isnan(), torch.nan, tensor)  # one sign of NaN everywhere
+        else:
+            amax = eager.grid_amax(tensor, rows, columns)
         if not bool(torch.isfinite(amax).all()):
             raise NumericalOverflowError(
                 "quantize needs finite values, found NaN or infinity in the tensor; "
-                "repair the weights first"
+                "repair the weights first, or pass nonfinite='saturate'"
             )
         stored = round_scale(eager.scale_of(amax, dtype), scale_dtype)
         multipliers = decode_scale(stored)
@@ -84,7 +96,7 @@ def quantize(
                 f"{float(amax.max()):.3g}); use float32 scales"
             )
         spread = eager.expand_grid(multipliers, rows, columns, tensor.shape)
-        data = eager.cast(tensor.float() / spread, dtype)
+        data = cast(tensor.float() / spread, dtype)
     return data, stored.reshape(scale_shape)
 
 

@@ -181,7 +181,7 @@ def test_a_directory_that_is_read_only_is_still_read(
         raise PermissionError(errno.EROFS, "Read-only file system")
 
     # The tests may run as root, whom permissions do not stop.
-    monkeypatch.setattr(store_module.tempfile, "mkstemp", read_only)
+    monkeypatch.setattr(store_module, "write_atomically", read_only)
     monkeypatch.setattr(store_module.FileLock, "acquire", read_only)
     with caplog.at_level(logging.WARNING, "fp8dispatch"):
         assert store.get(H100) is not None
