@@ -27,13 +27,17 @@ def describe_overrides() -> tuple[OverrideRecord, ...]:
     places = (("argument backend=", policy.Statement()), *stated)
     spoken = {policy.BACKEND_VARIABLE: "environment"}  # it may state the accuracy alone
     records: list[OverrideRecord] = []
-    open_questions = {"backends", "accuracy"}
+    open_questions = {"backends", "accuracy", "batch_invariant"}
     for source, said in places:
         backends = said.backends
         accuracy = None if said.accuracy is None else said.accuracy.value
         answered = {
             question
-            for question, answer in (("backends", backends), ("accuracy", accuracy))
+            for question, answer in (
+                ("backends", backends),
+                ("accuracy", accuracy),
+                ("batch_invariant", said.batch_invariant),
+            )
             if answer is not None
         }
         records.append(
@@ -41,6 +45,7 @@ def describe_overrides() -> tuple[OverrideRecord, ...]:
                 source=spoken.get(source, source),
                 backends=backends,
                 accuracy=accuracy,
+                batch_invariant=said.batch_invariant,
                 in_force=bool(answered & open_questions),
             )
         )

@@ -153,6 +153,7 @@ class OverrideRecord(Record):
     source: str
     backends: str | None
     accuracy: str | None
+    batch_invariant: bool | None
     in_force: bool
 
 

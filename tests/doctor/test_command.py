@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fp8dispatch import cli, trust
+from fp8dispatch import cli, policy, trust
 from fp8dispatch.doctor import __main__ as doctor
 from fp8dispatch.doctor import collect as collecting
 from fp8dispatch.doctor.collect import collect
@@ -273,3 +273,21 @@ def test_every_place_that_states_backends_is_named(
         ("environment", "cublaslt,triton", "fast", True),
     ]
     assert report.devices[0].routes[0].decided_by == "use_backend"
+
+
+def test_batch_invariance_is_shown_where_it_is_stated(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(H200)
+    monkeypatch.setenv(policy.INVARIANT_VARIABLE, "1")
+    policy.reload_environment()
+    try:
+        report = collect()
+    finally:
+        monkeypatch.undo()
+        policy.reload_environment()
+
+    stated = {one.source: (one.batch_invariant, one.in_force) for one in report.overrides}
+    assert stated["environment"] == (True, True)
+    assert stated["set_backend"] == (None, False)
+    assert {choice.backend for choice in report.devices[0].routes} == {"triton"}
