@@ -128,8 +128,17 @@ class Examination:
 
     def _problem(self, m: int, n: int, k: int, recipe: Recipe) -> LinearProblem:
         fp8 = "float8_e4m3fn"
-        accuracy = self.allowed.accuracy
-        return LinearProblem(m, n, k, recipe, fp8, fp8, "bfloat16", accuracy=accuracy)
+        return LinearProblem(
+            m,
+            n,
+            k,
+            recipe,
+            fp8,
+            fp8,
+            "bfloat16",
+            accuracy=self.allowed.accuracy,
+            batch_invariant=self.allowed.batch_invariant,
+        )
 
     def _problems(self, recipe: Recipe) -> Iterator[LinearProblem]:
         for n, k in SHAPES:
