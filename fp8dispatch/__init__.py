@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fp8dispatch.errors import (
         AmbiguousRecipeError,
         BackendUnavailableError,
+        CheckpointError,
         ConfigurationError,
         DeviceError,
         DTypeError,
@@ -59,6 +60,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "errors": (
         "AmbiguousRecipeError",
         "BackendUnavailableError",
+        "CheckpointError",
         "ConfigurationError",
         "DTypeError",
         "DeviceError",
@@ -103,6 +105,7 @@ __all__ = [
     "AmbiguousRecipeError",
     "Assessment",
     "BackendUnavailableError",
+    "CheckpointError",
     "ConfigurationError",
     "ConversionReport",
     "DTypeError",

@@ -22,6 +22,7 @@ NAMES = [
     "AmbiguousRecipeError",
     "Assessment",
     "BackendUnavailableError",
+    "CheckpointError",
     "ConfigurationError",
     "ConversionReport",
     "DTypeError",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from fp8dispatch.errors import DTypeError, ScaleValueError, ShapeError
-from fp8dispatch.formats import decode_scale, round_scale
+from fp8dispatch.errors import CheckpointError, ScaleValueError, ShapeError
+from fp8dispatch.formats import decode_scale, dtype_name, round_scale
 from fp8dispatch.pack.layouts.contract import DTYPE_NAMES, PackedModule, Role, StoredTensor
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -71,33 +71,34 @@ def decode(
         file: named in errors.
 
     Raises:
-        DTypeError: a dtype that no scale has.
-        ShapeError: not as many elements as the recipe needs.
-        ScaleValueError: a scale that is NaN, infinite, zero or negative.
+        CheckpointError: a dtype that no scale has, not as many elements as the recipe needs, or a
+            scale that is NaN, infinite or negative. A weight scale may be zero: some packers store
+            that for a block of zeros, which it restores.
     """
     stored = module.tensor(role)
     name = f"{module.name} ({role.value})" if stored is None else stored.name
-    if tensor.dtype not in set(TORCH_DTYPES.values()) or (
-        tensor.dtype.itemsize == 1 and tensor.dtype not in (torch.uint8, torch.float8_e8m0fnu)
-    ):
-        raise DTypeError(
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
+    if tensor.dtype not in dtypes:
+        raise CheckpointError(
             f"{name} in {file} must be F32, BF16, F16, F8_E8M0 or U8 to be a scale, found "
-            f"{tensor.dtype}; the file does not hold what its name says"
+            f"{dtype_name(tensor.dtype)}; take the complete checkpoint"
         )
     n, k = module.shape
     shape = module.scheme.recipe.scale_shape(n, k) if role is Role.WEIGHT_SCALE else (1,)
     if tensor.numel() != torch.Size(shape).numel():
-        raise ShapeError(
+        raise CheckpointError(
             f"{name} in {file} must hold {list(shape)} scales for a weight [{n}, {k}] "
-            f"({module.scheme.recipe}), found {list(tensor.shape)}; the file does not match its "
-            f"configuration"
+            f"({module.scheme.recipe}), found {list(tensor.shape)}; correct the configuration or "
+            f"pack the model again"
         )
     multipliers = decode_scale(tensor).reshape(shape)
     good = torch.isfinite(multipliers) & (multipliers > 0)
+    if role is Role.WEIGHT_SCALE:
+        good |= multipliers == 0
     if not bool(good.all()):
         bad = multipliers[~good]
-        raise ScaleValueError(
-            f"{name} in {file} must hold positive finite scales, found {float(bad[0])} and "
-            f"{bad.numel() - 1} more that are not; pack the model again from its source"
+        raise CheckpointError(
+            f"{name} in {file} must hold positive finite scales, found {float(bad[0])} in "
+            f"{bad.numel()} of {multipliers.numel()} places; pack the model again from its source"
         )
     return multipliers

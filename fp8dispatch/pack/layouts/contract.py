@@ -8,8 +8,9 @@ scheme, shape)`` lists what goes into the file; the weight's data is streamed by
 other tensor is `codec.encode` of the multipliers. At the end ``layout.refuse_contents(contents)``
 must be empty, and ``layout.config(contents)`` and ``layout.extra_files(contents)`` are written.
 
-Reading: `reading.read_contents` finds the layout and each module's tensors; `codec.decode` gives
-the fp32 multipliers of a stored scale in the recipe's shape.
+Reading: `reading.read_contents` finds the layout, pairs each FP8 weight with its scales and asks
+`layout.read_recipe` what they mean; `codec.decode` gives the fp32 multipliers of a stored scale in
+the recipe's shape.
 """
 
 from __future__ import annotations
@@ -96,10 +97,12 @@ class KVScales:
     Attributes:
         layers: names of the attention modules (``"model.layers.0.self_attn"``) that have them.
         heads: KV heads per layer when each head has its own scale; None for one per layer.
+        tensors: what holds them. Filled when read; `Layout.kv_tensors` when written.
     """
 
     layers: tuple[str, ...]
     heads: int | None = None
+    tensors: tuple[StoredTensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,23 @@ class Layout(ABC):
         self, module: str, scheme: Scheme, shape: tuple[int, int]
     ) -> tuple[StoredTensor, ...]:
         """The tensors that hold a module, the weight first. Only what `refuse` lets through."""
+
+    @abstractmethod
+    def claims(self, block: JSON) -> bool:
+        """Whether a block ``quantization_config`` is this format's."""
+
+    @abstractmethod
+    def read_scheme(self, block: JSON, files: Mapping[str, JSON], module: PackedModule) -> Scheme:
+        """What a stored module's tensors mean under a configuration that this format claims.
+
+        Args:
+            block: the block ``quantization_config``.
+            files: further JSON files beside ``config.json`` by name.
+            module: name, shape and stored tensors of the module; its scheme is a placeholder.
+
+        Raises:
+            CheckpointError: the configuration and the tensors do not fit together.
+        """
 
     @abstractmethod
     def config(self, contents: Contents) -> JSON:
