@@ -45,6 +45,11 @@ if TYPE_CHECKING:
     from fp8dispatch.modules import ConversionReport, FP8Linear, convert_model
     from fp8dispatch.offset8 import FP8Format
     from fp8dispatch.overrides import set_backend, use_backend
+    from fp8dispatch.pack.convert import convert
+    from fp8dispatch.pack.inspection import inspect
+    from fp8dispatch.pack.load import load
+    from fp8dispatch.pack.unpack import unpack
+    from fp8dispatch.pack.verification import verify
     from fp8dispatch.policy import reload_environment
     from fp8dispatch.prepare import invalidate
     from fp8dispatch.problem import Accuracy, LinearProblem
@@ -89,6 +94,11 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "modules": ("ConversionReport", "FP8Linear", "convert_model"),
     "offset8": ("FP8Format",),
     "overrides": ("set_backend", "use_backend"),
+    "pack.convert": ("convert",),
+    "pack.inspection": ("inspect",),
+    "pack.load": ("load",),
+    "pack.unpack": ("unpack",),
+    "pack.verification": ("verify",),
     "policy": ("reload_environment",),
     "prepare": ("invalidate",),
     "problem": ("Accuracy", "LinearProblem"),
@@ -132,6 +142,7 @@ __all__ = [
     "WarmedLayer",
     "__version__",
     "act_quant",
+    "convert",
     "convert_model",
     "dequantize",
     "explain",
@@ -140,12 +151,16 @@ __all__ = [
     "fp8_block_quant_linear",
     "fp8_linear",
     "fp8_linear_quantized",
+    "inspect",
     "invalidate",
+    "load",
     "quantize",
     "reload_environment",
     "set_backend",
     "stats",
+    "unpack",
     "use_backend",
+    "verify",
     "w8a8_block_fp8_matmul",
     "w8a8_block_fp8_matmul_triton",
     "warmup",

@@ -17,6 +17,22 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "fp8dispatch.doctor.__main__",
         "what this machine can run, what it would choose and why",
     ),
+    "unpack": (
+        "fp8dispatch.pack.commands.unpack",
+        "a packed checkpoint back to bf16, fp16 or fp32",
+    ),
+    "convert": (
+        "fp8dispatch.pack.commands.convert",
+        "a packed checkpoint into another format, number by number the same",
+    ),
+    "inspect": (
+        "fp8dispatch.pack.commands.inspect",
+        "what is in a packed checkpoint: format, scales, codes",
+    ),
+    "verify": (
+        "fp8dispatch.pack.commands.verify",
+        "check a packed checkpoint, and how well it restores its source",
+    ),
 }
 """Subcommand -> its module, which has `add_arguments(parser)` and `run(arguments) -> exit code`
 and whose docstring is the command's description; and its line of help."""

@@ -163,6 +163,10 @@ class Layout(ABC):
             CheckpointError: the configuration and the tensors do not fit together.
         """
 
+    def amax_history(self, files: Mapping[str, JSON], module: str) -> tuple[float, ...]:
+        """The stored seed of delayed scaling of a module; empty where a format has none."""
+        return ()
+
     @abstractmethod
     def config(self, contents: Contents) -> JSON:
         """The block ``quantization_config`` of ``config.json``."""

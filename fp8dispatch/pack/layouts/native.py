@@ -169,6 +169,10 @@ class Native(Layout):
             )
         return scheme
 
+    def amax_history(self, files: Mapping[str, JSON], module: str) -> tuple[float, ...]:
+        """See `Layout`."""
+        return tuple(module_metadata(files, module).amax_history)
+
 
 def module_metadata(files: Mapping[str, JSON], module: str) -> TensorMetadata:
     """What ``fp8dispatch.json`` says of a module.

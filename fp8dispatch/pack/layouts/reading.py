@@ -13,7 +13,9 @@ All of them are multipliers, ``weight_scale_inv`` and ``scale`` (DeepSeek-V4) in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from math import prod
+from typing import Any, NamedTuple
 
 from fp8dispatch.errors import CheckpointError
 from fp8dispatch.pack.layouts.catalog import LAYOUTS
@@ -50,8 +52,16 @@ _KV_SUFFIXES: dict[str, tuple[Role, ...]] = {
 }
 _PLACEHOLDER = Scheme(TENSOR)
 
-Headers = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Tensor name -> (safetensors dtype, shape)."""
+
+class TensorHeader(NamedTuple):
+    """What a file says of a tensor: safetensors' dtype name, shape, and the file's name."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str = "the checkpoint"
+
+
+Headers = Mapping[str, TensorHeader]
 
 
 def quantization_block(config: Mapping[str, Any], files: Mapping[str, JSON]) -> JSON | None:
@@ -114,7 +124,7 @@ def read_contents(
         config: the content of ``config.json``.
         files: the content of other JSON files by name (``hf_quant_config.json``,
             ``fp8dispatch.json``); those that are missing are left out.
-        headers: name -> (safetensors dtype, shape) of every tensor in every shard.
+        headers: every tensor of every shard by name.
 
     Raises:
         CheckpointError: the checkpoint is not quantised, in an unknown format, a scale is missing
@@ -129,14 +139,14 @@ def read_contents(
     layout = find_layout(block)
     modules: dict[str, PackedModule] = {}
     claimed: set[str] = set()
-    for name, (dtype, shape) in headers.items():
-        if dtype not in FP8_DTYPES:
+    for name, header in headers.items():
+        if header.dtype not in FP8_DTYPES:
             continue
-        module = _stored_module(name, dtype, shape, headers)
+        module = _stored_module(name, header, headers)
         claimed.update(tensor.name for tensor in module.tensors)
         scheme = layout.read_scheme(block, files, module)
-        modules[module.name] = PackedModule(
-            module.name, module.shape, scheme, module.tensors, module.amax_history
+        modules[module.name] = replace(
+            module, scheme=scheme, amax_history=layout.amax_history(files, module.name)
         )
     _refuse_orphans(headers, claimed)
     return Contents(
@@ -144,57 +154,58 @@ def read_contents(
     )
 
 
-def _stored_module(name: str, dtype: str, shape: tuple[int, ...], headers: Headers) -> PackedModule:
+def _stored_module(name: str, header: TensorHeader, headers: Headers) -> PackedModule:
+    dtype, shape, file = header
     module = name.removesuffix(".weight")
     if module == name or len(shape) != 2 or 0 in shape:
         raise CheckpointError(
-            f"{name} is {dtype} {list(shape)}, and only matrices [N, K] named X.weight are read; "
-            f"store fused experts as one matrix each"
+            f"{name} in {file} must be a matrix [N, K] named X.weight to be read as FP8, found "
+            f"{dtype} {list(shape)}; store fused experts as one matrix each"
         )
     tensors = [StoredTensor(name, Role.WEIGHT, dtype, shape)]
     for role, suffixes in SUFFIXES.items():
         found = [f"{module}.{suffix}" for suffix in suffixes if f"{module}.{suffix}" in headers]
         if len(found) > 1:
             raise CheckpointError(
-                f"{name} needs one {role.value}, found {' and '.join(found)}; remove the one that "
-                f"does not belong to it"
+                f"{name} in {file} needs one {role.value}, found {' and '.join(found)}; remove the "
+                f"one that does not belong to it"
             )
         if found:
             tensors.append(_stored_scale(found[0], role, headers))
     if all(tensor.role is not Role.WEIGHT_SCALE for tensor in tensors):
         raise CheckpointError(
-            f"{name} is {dtype} and needs a weight scale ({module}.weight_scale or "
-            f"{module}.weight_scale_inv), found none in any shard; take the complete checkpoint"
+            f"{name} in {file} is {dtype} and needs a weight scale ({module}.weight_scale or "
+            f"{module}.weight_scale_inv), found none in any file; take the complete checkpoint"
         )
     return PackedModule(module, (shape[0], shape[1]), _PLACEHOLDER, tuple(tensors))
 
 
 def _stored_scale(name: str, role: Role, headers: Headers) -> StoredTensor:
-    dtype, shape = headers[name]
+    dtype, shape, file = headers[name]
     if dtype not in SCALE_DTYPES:
         raise CheckpointError(
-            f"{name} must be one of {', '.join(SCALE_DTYPES)} to be a scale, found {dtype}; pack "
-            f"the model again from its source"
+            f"{name} in {file} must be one of {', '.join(SCALE_DTYPES)} to be a scale, found "
+            f"{dtype}; pack the model again from its source"
         )
     return StoredTensor(name, role, dtype, shape)
 
 
 def _refuse_orphans(headers: Headers, claimed: set[str]) -> None:
     """A scale without its FP8 weight: the weight holds codes that were cast, or was replaced."""
-    for name in headers:
+    for name, header in headers.items():
         module, _, suffix = name.rpartition(".")
         weight = headers.get(f"{module}.weight")
         if name in claimed or suffix == "scale" or suffix not in SUFFIXES[Role.WEIGHT_SCALE]:
             continue
         if weight is None:
             raise CheckpointError(
-                f"{name} is a scale and needs {module}.weight, found none in any shard; take the "
-                f"complete checkpoint"
+                f"{name} in {header.file} is a scale and needs {module}.weight, found none in any "
+                f"file; take the complete checkpoint"
             )
         raise CheckpointError(
-            f"{name} is the scale of {module}.weight, which must be FP8 ({', '.join(FP8_DTYPES)}), "
-            f"found {weight[0]}: its values would be taken for codes or codes for values; take the "
-            f"complete checkpoint"
+            f"{name} in {header.file} is the scale of {module}.weight, which must be FP8 "
+            f"({', '.join(FP8_DTYPES)}), found {weight.dtype} in {weight.file}, which may be codes "
+            f"or values; take the complete checkpoint"
         )
 
 
@@ -202,19 +213,17 @@ def _kv_scales(headers: Headers) -> KVScales | None:
     tensors: list[StoredTensor] = []
     layers: dict[str, None] = {}
     heads: set[int | None] = set()
-    for name, (dtype, shape) in headers.items():
+    for name, (dtype, shape, file) in headers.items():
         suffix = next((end for end in _KV_SUFFIXES if name.endswith(end)), None)
         if suffix is None:
             continue
         if dtype not in ("F32", "BF16", "F16"):
             raise CheckpointError(
-                f"{name} must be F32, BF16 or F16 to be a scale of the KV cache, found {dtype}; "
-                f"calibrate again"
+                f"{name} in {file} must be F32, BF16 or F16 to be a scale of the KV cache, found "
+                f"{dtype}; calibrate again"
             )
         layers[name.removesuffix(suffix)] = None
-        count = 1
-        for size in shape:
-            count *= size
+        count = prod(shape)
         heads.add(None if count == 1 else count)
         tensors.extend(StoredTensor(name, role, dtype, shape) for role in _KV_SUFFIXES[suffix])
     if not tensors:
