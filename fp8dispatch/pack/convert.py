@@ -153,7 +153,7 @@ def _scheme_in(target: Layout, module: PackedModule) -> Scheme:
             return candidate
     raise CheckpointError(
         f"{module.name} ({scheme}) needs another form than {target.name} has, found: "
-        f"{target.refuse(scheme, module.shape)[0]}; nothing was written"
+        f"{target.refuse(candidates[-1], module.shape)[0]}; nothing was written"
     )
 
 

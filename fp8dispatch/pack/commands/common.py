@@ -42,9 +42,9 @@ def guarded(work: Callable[[], int], interrupted: str = "interrupted") -> int:
 
 
 def output() -> Console:
-    """Where a command prints its result, as wide as the terminal."""
+    """Where a command prints its result: lines unwrapped, tables as wide as the terminal."""
     columns = shutil.get_terminal_size((_PLAIN_WIDTH, 24)).columns
-    return Console(width=max(60, columns), highlight=False, markup=False)
+    return Console(width=max(60, columns), highlight=False, markup=False, soft_wrap=True)
 
 
 def print_json(text: str) -> None:

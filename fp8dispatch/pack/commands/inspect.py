@@ -60,7 +60,7 @@ def _show(found: Inspection, console: Console, rows: int) -> None:
     table = Table("module", "shape", "scales", "smallest", "largest", "zero codes", "bad")
     for fact in found.modules[:rows]:
         table.add_row(*_row(fact))
-    console.print(table)
+    console.print(table, soft_wrap=False)
     if len(found.modules) > rows:
         console.print(f"{len(found.modules) - rows} more modules: --all lists them")
     console.print("scales by power of two:")

@@ -32,8 +32,8 @@ class FineGrained(Layout):
         found = refuse_dtypes(self.name, scheme, ("float32", "float8_e8m0fnu"))
         if scheme.recipe.block_size is None:
             found.append(
-                f"hf has no {scheme.recipe} form that Transformers and vLLM both read; use "
-                f"compressed-tensors"
+                f"hf holds blocks, as Transformers and vLLM differ in the names of other scales, "
+                f"found {scheme}; use compressed-tensors"
             )
         elif scheme.group_size is not None:
             found.append(
