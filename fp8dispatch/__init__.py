@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from fp8dispatch.pack.convert import convert
     from fp8dispatch.pack.inspection import inspect
     from fp8dispatch.pack.load import load
+    from fp8dispatch.pack.options import PackOptions
+    from fp8dispatch.pack.packing import pack_checkpoint
+    from fp8dispatch.pack.plan import plan_checkpoint
     from fp8dispatch.pack.unpack import unpack
     from fp8dispatch.pack.verification import verify
     from fp8dispatch.policy import reload_environment
@@ -97,6 +100,9 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "pack.convert": ("convert",),
     "pack.inspection": ("inspect",),
     "pack.load": ("load",),
+    "pack.options": ("PackOptions",),
+    "pack.packing": ("pack_checkpoint",),
+    "pack.plan": ("plan_checkpoint",),
     "pack.unpack": ("unpack",),
     "pack.verification": ("verify",),
     "policy": ("reload_environment",),
@@ -131,6 +137,7 @@ __all__ = [
     "InvalidInputError",
     "LinearProblem",
     "NumericalOverflowError",
+    "PackOptions",
     "QuantizedActivation",
     "Recipe",
     "Refusal",
@@ -154,6 +161,8 @@ __all__ = [
     "inspect",
     "invalidate",
     "load",
+    "pack_checkpoint",
+    "plan_checkpoint",
     "quantize",
     "reload_environment",
     "set_backend",

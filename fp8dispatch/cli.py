@@ -17,6 +17,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "fp8dispatch.doctor.__main__",
         "what this machine can run, what it would choose and why",
     ),
+    "plan": (
+        "fp8dispatch.pack.commands.plan",
+        "what packing a checkpoint to FP8 would do, and where the result would load",
+    ),
+    "pack": (
+        "fp8dispatch.pack.commands.pack",
+        "quantise a checkpoint to FP8 on the CPU",
+    ),
     "unpack": (
         "fp8dispatch.pack.commands.unpack",
         "a packed checkpoint back to bf16, fp16 or fp32",

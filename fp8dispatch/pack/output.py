@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,12 +173,14 @@ class OutputFolder:
         self,
         config: Mapping[str, Any] | None,
         extra_files: Mapping[str, bytes] | None = None,
+        leave_out: Collection[str] = (),
     ) -> list[str]:
         """Copy the source's other files, write the index and last the configuration.
 
         Args:
             config: content of ``config.json``; None where the source has none.
             extra_files: further files by name; they replace files of the source.
+            leave_out: files of the source, by relative name, that are not copied.
 
         Returns:
             the names of all files of the result that are no weights.
@@ -186,7 +188,7 @@ class OutputFolder:
         extra = dict(extra_files or {})
         written: list[str] = []
         for name, path in self.source.other_files():
-            if name not in extra:
+            if name not in extra and name not in leave_out:
                 self._copy(name, path)
                 written.append(name)
         for name, content in extra.items():

@@ -43,7 +43,7 @@ def copy_all(output: OutputFolder, stop_after: int = 99) -> None:
                 writer.copy(output.source.tensor(spec.name))
             if number == stop_after:
                 raise KeyboardInterrupt
-    output.finish({"model_type": "x"}, {"extra.json": b"{}"})
+    output.finish({"model_type": "x"}, {"extra.json": b"{}"}, leave_out=["stale.json"])
 
 
 def job(
@@ -54,7 +54,8 @@ def job(
 
 def test_a_copy_is_whole_and_loads(tmp_path: Path) -> None:
     source = source_of(tmp_path)
-    (tmp_path / "in" / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "stale.json"):
+        (tmp_path / "in" / name).write_text("{}")
     out = tmp_path / "deep" / "out"
 
     with job(out, source) as output:
@@ -64,6 +65,7 @@ def test_a_copy_is_whole_and_loads(tmp_path: Path) -> None:
     assert all(same_bytes(copied.read(name), tensor) for name, tensor in TENSORS.items())
     assert copied.config == {"model_type": "x"}
     assert {"tokenizer.json", "extra.json"} <= set(files_of(out))
+    assert not (out / "stale.json").exists()
     assert not (out / ".fp8dispatch").exists()
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": sum(t.nbytes for t in TENSORS.values())}
