@@ -192,7 +192,8 @@ def _group_for(block: JSON, module: str) -> tuple[str, JSON]:
                 by_class = by_class or (name, group)
     if by_class is None:
         raise CheckpointError(
-            f"{module}.weight is FP8, but no target in config_groups names it; correct config.json"
+            f"{module}.weight is FP8 and must be a target in config_groups, found none that fits; "
+            f"correct config.json"
         )
     return by_class
 
@@ -202,7 +203,7 @@ def _matches(pattern: str, module: str) -> bool:
         return re.match(pattern, module) is not None
     except re.error as error:
         raise CheckpointError(
-            f"the target 're:{pattern[:80]}' in config_groups must be a regular expression: "
+            f"the target 're:{pattern[:80]}' in config_groups must be a regular expression, found: "
             f"{error}; correct config.json"
         ) from error
 
@@ -221,7 +222,9 @@ def _recipe_of(weights: JSON, group_name: str) -> tuple[Recipe, str]:
         if strategy == "group" and size is not None:
             return Recipe(Granularity.BLOCK, (1, size)), f"{said} of {size}"
     except InvalidInputError as error:
-        raise CheckpointError(f"config_groups.{group_name}.weights is wrong: {error}") from error
+        raise CheckpointError(
+            f"config_groups.{group_name}.weights is wrong: {error}; correct config.json"
+        ) from error
     raise CheckpointError(
         f"config_groups.{group_name}.weights needs the strategy tensor, channel, block with a "
         f"block_structure or group with a group_size, found {strategy!r}; correct config.json"

@@ -94,6 +94,8 @@ class FineGrained(Layout):
         try:
             size = parse_block_size(declared)
         except InvalidInputError as error:
-            raise CheckpointError(f"weight_block_size in config.json is wrong: {error}") from error
+            raise CheckpointError(
+                f"weight_block_size is wrong: {error}; correct config.json"
+            ) from error
         recipe = TENSOR if size is None else Recipe(Granularity.BLOCK, size)
         return read_scheme_as(module, (recipe,), f"weight_block_size {declared}")

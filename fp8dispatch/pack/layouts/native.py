@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from fp8dispatch.errors import CheckpointError
+from fp8dispatch.pack.jsonfiles import check_model
 from fp8dispatch.pack.layouts.contract import (
     DTYPE_NAMES,
     JSON,
@@ -158,14 +159,15 @@ class Native(Layout):
                 f"{weight.name} must be {DTYPE_NAMES[dtype]} as {METADATA_FILE} says, found "
                 f"{weight.dtype}; pack the model again"
             )
-        said = f"{metadata.granularity} of {metadata.block_rows}x{metadata.group_size}"
+        said = f"{metadata.recipe()} ({METADATA_FILE})"
         scheme = read_scheme_as(module, (metadata.recipe(),), said)
         if scheme.activations is Activations.DYNAMIC and metadata.activations == "none":
             return Scheme(scheme.recipe, scheme.dtype, scheme.scale_dtype, Activations.NONE)
         if scheme.activations.value != metadata.activations:
             raise CheckpointError(
-                f"{module.name} has {metadata.activations} activations in {METADATA_FILE}, but its "
-                f"tensors mean {scheme.activations.value} ones; take the complete checkpoint"
+                f"{module.name} must have {metadata.activations} activations as {METADATA_FILE} "
+                f"says, found tensors for {scheme.activations.value} ones; take the complete "
+                f"checkpoint"
             )
         return scheme
 
@@ -196,12 +198,4 @@ def module_metadata(files: Mapping[str, JSON], module: str) -> TensorMetadata:
             f"{METADATA_FILE} must describe {module}, whose weight is FP8, found nothing; pack the "
             f"model again"
         )
-    try:
-        return TensorMetadata.model_validate(modules[module])
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(
-            f"{METADATA_FILE} is wrong at modules.{module}.{where}: {first['msg']}; pack the model "
-            f"again"
-        ) from error
+    return check_model(modules[module], TensorMetadata, f"{METADATA_FILE}: {module}")

@@ -79,8 +79,8 @@ def _activations(module: PackedModule, recipe: Recipe) -> Activations:
         return Activations.DYNAMIC
     if recipe.block_size is not None:
         raise CheckpointError(
-            f"{module.name} has a static activation scale beside a weight in blocks "
-            f"({recipe}), which nothing here can run; pack it with dynamic activations"
+            f"{module.name} needs dynamic activations beside a weight in blocks ({recipe}), found "
+            f"a static activation scale; pack it with dynamic activations"
         )
     return Activations.STATIC
 
