@@ -45,6 +45,7 @@ TRANSFORMERS = [
     ("compressed-tensors", SCHEMES["tensor-static"], (100, 77), True, ""),
     ("compressed-tensors", BLOCK, (192, 256), True, ""),
     ("compressed-tensors", BLOCK, (256, 576), False, "fails when it groups the activations"),
+    ("compressed-tensors", SCHEMES["mxfp8"], (64, 64), True, "needs dtype=torch.bfloat16"),
     ("fbgemm", CHANNEL, (100, 77), True, "needs a GPU of compute capability 9.0"),
     ("modelopt", SCHEMES["tensor-static"], (128, 128), False, "takes the codes for values"),
     ("native", CHANNEL, (128, 128), False, "does not know the native format"),

@@ -69,7 +69,7 @@ def verdicts(
         for name, module in modules.items():
             if target == "transformers":
                 problems = list(_transformers(layout, module))
-                remark = _TRANSFORMERS_REMARKS.get(layout, "")
+                remark = _transformers_remark(layout, module.scheme)
             elif target == "vllm":
                 problems = list(_vllm(layout, module, modules, skips, tp, heads))
                 remark = _vllm_remark(layout, module.scheme)
@@ -77,11 +77,6 @@ def verdicts(
                 problems, remark = [], ""
             found.append(Verdict(target, name, not problems, "; ".join(problems) or remark))
     return tuple(found)
-
-
-_TRANSFORMERS_REMARKS = {
-    "fbgemm": "needs a GPU of compute capability 9.0 and the package fbgemm-gpu-genai",
-}
 
 
 def _transformers(layout: str, module: PackedModule) -> Iterator[str]:
@@ -114,6 +109,14 @@ def _transformers(layout: str, module: PackedModule) -> Iterator[str]:
             f"K = {k} is no multiple of {block[1]}, and compressed-tensors fails when it groups "
             f"the activations"
         )
+
+
+def _transformers_remark(layout: str, scheme: Scheme) -> str:
+    if layout == "fbgemm":
+        return "needs a GPU of compute capability 9.0 and the package fbgemm-gpu-genai"
+    if layout == "compressed-tensors" and scheme.e8m0:
+        return "needs dtype=torch.bfloat16 on a CPU"
+    return ""
 
 
 def _vllm(

@@ -35,6 +35,7 @@ from fp8dispatch.recipe import ROW, TENSOR, Granularity, Recipe
 
 METADATA_FILE = "fp8dispatch.json"
 VERSION = 1
+NAME = "fp8dispatch"
 FormatName = Literal["E4M3", "E5M2", "E4M3FNUZ", "E5M2FNUZ"]
 _FORMATS: dict[FormatName, str] = {
     "E4M3": "float8_e4m3fn",
@@ -108,9 +109,10 @@ class Native(Layout):
         return weight, scale, reciprocal, *others
 
     def config(self, contents: Contents) -> JSON:
-        """See `Layout`."""
+        """See `Layout`. There is no ``quant_method``: without it Transformers refuses the model,
+        while under a name that it does not know it would take the codes for values."""
         return {
-            "quant_method": "fp8dispatch",
+            "format": NAME,
             "version": VERSION,
             "metadata": METADATA_FILE,
             "modules_to_not_convert": linear_skips(contents),
@@ -147,7 +149,7 @@ class Native(Layout):
 
     def claims(self, block: JSON) -> bool:
         """See `Layout`."""
-        return block.get("quant_method") == "fp8dispatch"
+        return block.get("format") == NAME and "quant_method" not in block
 
     def read_scheme(self, block: JSON, files: Mapping[str, JSON], module: PackedModule) -> Scheme:
         """See `Layout`."""

@@ -109,9 +109,8 @@ def find_layout(block: JSON) -> Layout:
         if layout.claims(block):
             return layout
     raise CheckpointError(
-        f"quant_method must be fp8, mxfp8, compressed-tensors, fbgemm_fp8, modelopt or fp8dispatch "
-        f"to be read here, found {block.get('quant_method')!r:.80}; export the model in one of "
-        f"these formats"
+        f"quant_method must be fp8, mxfp8, compressed-tensors, fbgemm_fp8 or modelopt, or format "
+        f"fp8dispatch, found {block.get('quant_method')!r:.80}; export the model in one of them"
     )
 
 
@@ -149,9 +148,7 @@ def read_contents(
             module, scheme=scheme, amax_history=layout.amax_history(files, module.name)
         )
     _refuse_orphans(headers, claimed)
-    return Contents(
-        modules, _skipped(block), _kv_scales(headers), layout.name, _notes(modules, block)
-    )
+    return Contents(modules, _skipped(block), _kv_scales(headers), layout.name, _notes(modules))
 
 
 def _stored_module(name: str, header: TensorHeader, headers: Headers) -> PackedModule:
@@ -244,10 +241,9 @@ def _skipped(block: JSON) -> tuple[str, ...]:
     return ()
 
 
-def _notes(modules: Mapping[str, PackedModule], block: JSON) -> tuple[str, ...]:
+def _notes(modules: Mapping[str, PackedModule]) -> tuple[str, ...]:
     if modules:
         return ()
     return (
-        f"the configuration says {block.get('quant_method')}, but no tensor is FP8: nothing is "
-        f"quantised here",
+        "config.json has a quantization_config, but no tensor is FP8: nothing is quantised here",
     )
