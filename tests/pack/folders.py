@@ -78,6 +78,6 @@ def assert_one_sentence(message: str, *names: Any) -> None:
     """One line with the names in it, the rule, what was found, and what to do."""
     assert "\n" not in message and len(message) < 700
     assert all(str(name) in message for name in names)
-    assert re.search(r"(must|need|was expected|were expected)", message), message
+    assert re.search(r"\b(must|needs?|needed|holds|expected)\b", message), message
     assert ", found" in message, message
     assert message.count("; ") >= 1, message
