@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel
 
 from fp8dispatch.formats import decode_scale, max_value
-from fp8dispatch.pack.checkpoint import Checkpoint, read_rows
+from fp8dispatch.pack.experts import WeightSource
 from fp8dispatch.pack.layouts.contract import PackedModule, Role
 from fp8dispatch.pack.packed import PackedCheckpoint, nonfinite_codes, restore, strip_rows
 
@@ -119,8 +119,8 @@ class Fidelity:
     max_error: float
 
 
-def compare(packed: PackedCheckpoint, module: PackedModule, source: Checkpoint) -> Fidelity:
-    """Measure a module against the tensor of the same name in its source.
+def compare(packed: PackedCheckpoint, module: PackedModule, source: WeightSource) -> Fidelity:
+    """Measure a module against the matrix [N, K] that it was quantised from.
 
     Raises:
         CheckpointError: codes or scales that are not finite, or a file that cannot be read.
@@ -128,10 +128,8 @@ def compare(packed: PackedCheckpoint, module: PackedModule, source: Checkpoint) 
     scale = packed.weight_scale(module)
     reciprocal = torch.where(scale > 0, 1 / scale, scale)
     signal = noise = swapped = largest = 0.0
-    name = module.tensors[0].name
-    tensor = source.tensor(name)
     for start, strip in packed.codes(module):
-        wanted = read_rows(tensor, start, start + len(strip)).double()
+        wanted = source.read(start, start + len(strip)).double()
         error = restore(module, strip, scale, start, torch.float32).double() - wanted
         other = restore(module, strip, reciprocal, start, torch.float32).double() - wanted
         signal += float(wanted.square().sum())

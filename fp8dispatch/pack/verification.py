@@ -10,8 +10,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from fp8dispatch.errors import CheckpointError
+from fp8dispatch.pack.architectures import model_types
 from fp8dispatch.pack.checkpoint import Checkpoint, resolve_inside
 from fp8dispatch.pack.examine import ModuleFacts, compare, examine
+from fp8dispatch.pack.experts import WeightSource, is_fused, split
 from fp8dispatch.pack.inspection import KV_ALL_ONE, kv_scales_all_one
 from fp8dispatch.pack.jsonfiles import read_object
 from fp8dispatch.pack.layouts.contract import PackedModule, Role
@@ -95,7 +97,7 @@ def verify(
     Raises:
         CheckpointError: `against` cannot be opened.
     """
-    source = None if against is None else Checkpoint.open(against)
+    source = None if against is None else _Source(Checkpoint.open(against))
     try:
         packed = PackedCheckpoint.open(path)
     except CheckpointError as error:
@@ -118,10 +120,40 @@ def verify(
     )
 
 
+class _Source:
+    """The checkpoint that a packed one came from, its matrices by module.
+
+    Attributes:
+        checkpoint: the checkpoint.
+        weights: module -> its matrix [N, K]; fused experts are one module each.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.weights: dict[str, WeightSource] = {}
+        self._parts: dict[str, tuple[str, ...]] = {}
+        types = model_types(checkpoint.config)
+        for name, tensor in checkpoint.tensors.items():
+            if len(tensor.shape) == 2 and name.endswith(".weight"):
+                self.weights[name.removesuffix(".weight")] = WeightSource(tensor)
+            elif is_fused(tensor):
+                try:
+                    parts = split(tensor, types, checkpoint.config)
+                except CheckpointError:
+                    continue  # packing could not split it either: it is compared as it is
+                self.weights |= parts
+                self._parts[name] = tuple(parts)
+
+    def is_split(self, name: str, packed: PackedCheckpoint) -> bool:
+        """Whether a fused tensor is in the packed model, one module for each expert."""
+        parts = self._parts.get(name, ())
+        return bool(parts) and all(part in packed.contents.modules for part in parts)
+
+
 def _check_module(
     packed: PackedCheckpoint,
     module: PackedModule,
-    source: Checkpoint | None,
+    source: _Source | None,
     min_sqnr: float | None,
 ) -> ModuleCheck:
     facts = examine(packed, module)
@@ -174,18 +206,20 @@ def _implausible(facts: ModuleFacts) -> list[str]:
 
 
 def _measured(
-    packed: PackedCheckpoint, module: PackedModule, source: Checkpoint, min_sqnr: float | None
+    packed: PackedCheckpoint, module: PackedModule, source: _Source, min_sqnr: float | None
 ) -> ModuleCheck:
     weight = module.tensors[0]
-    tensor = source.tensors.get(weight.name)
-    if tensor is None or tensor.shape != weight.shape:
-        found = "none of that name" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+    origin = source.weights.get(module.name)
+    if origin is None or origin.shape != module.shape:
+        found = "none of that name"
+        if origin is not None:
+            found = f"{origin.tensor.dtype} {list(origin.shape)}"
         failure = (
-            f"{weight.name} must be in {source.folder} with shape {list(weight.shape)}, found "
-            f"{found}; name the checkpoint that was packed"
+            f"{weight.name} must be in {source.checkpoint.folder} with shape {list(weight.shape)}, "
+            f"found {found}; name the checkpoint that was packed"
         )
         return ModuleCheck(name=module.name, sqnr=None, max_error=None, failures=[failure])
-    result = compare(packed, module, source)
+    result = compare(packed, module, origin)
     wanted = MIN_SQNR[weight.dtype] if min_sqnr is None else min_sqnr
     failures = []
     if not result.sqnr >= wanted:
@@ -232,8 +266,9 @@ def _structure(packed: PackedCheckpoint) -> Iterator[str]:
                 )
 
 
-def _others(packed: PackedCheckpoint, source: Checkpoint) -> Iterator[str]:
+def _others(packed: PackedCheckpoint, origin: _Source) -> Iterator[str]:
     """Tensors that are not quantised must be those of the source, byte by byte."""
+    source = origin.checkpoint
     own = {tensor.name for module in packed.contents.modules.values() for tensor in module.tensors}
     if packed.contents.kv is not None:
         own.update(tensor.name for tensor in packed.contents.kv.tensors)
@@ -251,7 +286,7 @@ def _others(packed: PackedCheckpoint, source: Checkpoint) -> Iterator[str]:
         elif not _same_bytes(packed.checkpoint, source, name):
             yield f"{name} must hold the bytes of its source, found others; pack again"
     for name in source.tensors:
-        if name not in packed.checkpoint.tensors:
+        if name not in packed.checkpoint.tensors and not origin.is_split(name, packed):
             yield f"{name} of {source.folder} must be in the packed model, found none; pack again"
 
 

@@ -14,8 +14,10 @@ import fp8dispatch
 from fp8dispatch.errors import CheckpointError, DTypeError, UnknownBackendError
 from fp8dispatch.formats import decode_scale
 from fp8dispatch.pack import packed as packed_module
+from fp8dispatch.pack.options import PackOptions
+from fp8dispatch.pack.packing import pack_checkpoint
 from fp8dispatch.pack.scheme import SCHEMES, Activations, Scheme
-from tests.pack.folders import assert_one_sentence, same_bytes
+from tests.pack.folders import assert_one_sentence, same_bytes, write_model
 from tests.pack.packing import (
     ACTIVATION_SCALE,
     quantized,
@@ -186,6 +188,33 @@ def test_weight_only_schemes_are_run_with_a_warning(tmp_path: Path) -> None:
     folder = write_packed(tmp_path, WEIGHTS, "ct", scheme, others=OTHERS)
     with pytest.warns(UserWarning, match="the weights of 2 layers only; FP8Linear quantises their"):
         fp8dispatch.load(folder, model=Block())
+
+
+@pytest.mark.parametrize("name", ["block128", "channel", "group64", "group32", "mxfp8"])
+def test_pack_on_the_cpu_run_on_the_device(name: str, device: str, tmp_path: Path) -> None:
+    """All of seed 004 without Transformers: BF16 weights packed on the CPU into codes and scales
+    equal to those that the device computes itself, loaded there, and compared with BF16."""
+    model = nn.Sequential(nn.Linear(384, 576), nn.GELU(), nn.Linear(576, 192, bias=False))
+    model.to(torch.bfloat16)
+    source = write_model(tmp_path / "bf16", model.state_dict())
+    pack_checkpoint(source, tmp_path / "fp8", PackOptions(recipe=name, layout="native"))
+    empty = nn.Sequential(nn.Linear(384, 576), nn.GELU(), nn.Linear(576, 192, bias=False))
+    loaded = fp8dispatch.load(tmp_path / "fp8", device=device, model=empty.to("meta"))
+
+    scheme, model = SCHEMES[name], model.to(device)
+    for place in (0, 2):
+        codes, scale = fp8dispatch.quantize(
+            model[place].weight.detach(),
+            scheme.recipe,
+            scale_dtype=getattr(torch, scheme.scale_dtype),
+        )
+        assert same_bytes(loaded[place].weight.detach().cpu(), codes.cpu())
+        assert same_bytes(loaded[place].weight_scale.detach().cpu(), scale.cpu())
+    x = torch.randn(33, 384, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        wanted, found = model(x).double(), loaded(x).double()
+    signal, noise = wanted.square().sum(), (found - wanted).square().sum()
+    assert 20 < float(10 * torch.log10(signal / noise)) < 40  # two layers of FP8 inputs and weights
 
 
 class WrongSize(Block):

@@ -174,6 +174,26 @@ def test_a_source_that_is_another_model(source: Path, tmp_path: Path) -> None:
     assert any("with shape [8, 8], found none of that name" in text for text in texts)
 
 
+def test_fused_experts_are_compared_expert_by_expert(tmp_path: Path) -> None:
+    """Llama-4 stores [E, K, N], gate before up; a packed model has a weight for each."""
+    parent = "language_model.model.layers.0.feed_forward.experts"
+    fused = torch.randn(2, 64, 96) * 0.02
+    config = {"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}
+    source = write_model(tmp_path / "source", {f"{parent}.gate_up_proj": fused, **NORM}, config)
+    weights = {}
+    for expert in range(2):
+        weights[f"{parent}.{expert}.gate_proj"] = fused[expert, :, :48].t().contiguous()
+        weights[f"{parent}.{expert}.up_proj"] = fused[expert, :, 48:].t().contiguous()
+    folder = write_packed(tmp_path / "p", weights, "native", SCHEMES["channel"], others=NORM)
+    result = fp8dispatch.verify(folder, against=source)
+    assert result.ok and len(result.modules) == 4
+    lost = write_packed(
+        tmp_path / "q", dict([*weights.items()][1:]), "native", SCHEMES["channel"], others=NORM
+    )
+    (failure,) = fp8dispatch.verify(lost, against=source).failures
+    assert f"{parent}.gate_up_proj of " in failure and "must be in the packed model" in failure
+
+
 def test_kv_scales_of_one_are_suspicious_and_zero_is_wrong(tmp_path: Path) -> None:
     folder = write_packed(
         tmp_path / "p", WEIGHTS, "ct", SCHEMES["channel"], kv_layers=("layers.0",)
