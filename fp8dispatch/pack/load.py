@@ -64,9 +64,12 @@ def load(
         model = build_model(packed.checkpoint)
     target = torch.device(device)
     rename = _renaming(packed, model)
+    skippable = _patterns(model, "_keys_to_ignore_on_load_unexpected")
     layers = {
         rename(name): _fp8_layer(packed, module, rename(name), model, target, backend)
         for name, module in packed.contents.modules.items()
+        if _submodule(model, rename(name)) is not None
+        or not _matches(f"{rename(name)}.weight", skippable)
     }
     own = {
         tensor

@@ -20,8 +20,8 @@ from fp8dispatch.pack.layouts import codec
 from fp8dispatch.pack.layouts.catalog import LAYOUTS, get_layout
 from fp8dispatch.pack.layouts.contract import Contents, PackedModule, Role, StoredTensor
 from fp8dispatch.pack.layouts.reading import TensorHeader, read_contents
-from fp8dispatch.pack.packed import PackedCheckpoint
-from fp8dispatch.pack.scheme import SCHEMES, Activations, Scheme, parse_scheme
+from fp8dispatch.pack.packed import PackedCheckpoint, nonfinite_codes
+from fp8dispatch.pack.scheme import FLOAT8_NAMES, SCHEMES, Activations, Scheme, parse_scheme
 from fp8dispatch.recipe import Granularity, Recipe
 from tests.pack.packing import (
     ACTIVATION_SCALE,
@@ -311,6 +311,31 @@ def test_what_a_format_accepts_it_reads_back(
     read = read_contents(config, form.extra_files(contents), headers).modules[X]
     assert read.scheme == scheme
     assert {tensor.name for tensor in read.tensors} == set(headers)
+
+
+@pytest.mark.parametrize("name", FLOAT8_NAMES)
+def test_every_fp8_format_has_a_native_form(name: str, tmp_path: Path) -> None:
+    """FNUZ, as gfx942 multiplies it, and E5M2 keep their own codes and largest values."""
+    dtype = getattr(torch, name)
+    scheme = replace(SCHEMES["channel"], dtype=name)
+    weight = random_weight(40, 72)
+    packed = PackedCheckpoint.open(write_packed(tmp_path, {X: weight}, "native", scheme))
+    assert packed.contents.modules[X].scheme == scheme
+    assert packed.checkpoint.read(f"{X}.weight").dtype == dtype
+    codes, scale = quantized(weight, scheme)
+    limit = {"e4m3fn": 448, "e4m3fnuz": 240}.get(name.removeprefix("float8_"), 57344)
+    assert float(codes.float().abs().max()) == limit
+    values = torch.cat([s for _, s in packed.values(packed.contents.modules[X], torch.float32)])
+    assert torch.equal(values.double(), restored(codes, scale, scheme).float().double())
+
+
+@pytest.mark.parametrize("name", FLOAT8_NAMES)
+def test_codes_that_are_no_number_are_counted(name: str) -> None:
+    """Among all 256 codes of a format, as torch decodes them."""
+    codes = torch.arange(256, dtype=torch.uint8).view(getattr(torch, name))
+    assert nonfinite_codes(codes) == int((~torch.isfinite(codes.float())).sum())
+    for code in codes:
+        assert nonfinite_codes(code[None]) == int(not torch.isfinite(code.float()))
 
 
 def test_encode_never_rounds() -> None:

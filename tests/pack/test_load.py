@@ -175,6 +175,18 @@ def test_the_prefix_of_a_base_model_may_be_on_one_side_only(prefixed: bool, tmp_
     assert same_bytes(layer.weight.detach(), quantized(WEIGHTS["up"], SCHEMES["channel"])[0])
 
 
+def test_layers_that_the_model_says_to_skip_are_skipped(tmp_path: Path) -> None:
+    """As prediction layers are, which files hold and models do not build."""
+    weights = {**WEIGHTS, "extra.proj": random_weight(8, 8)}
+    others = {**OTHERS, "extra.norm.weight": torch.ones(8)}
+    folder = write_packed(tmp_path, weights, "ct", SCHEMES["channel"], others=others)
+    with pytest.raises(CheckpointError, match="extra"):
+        fp8dispatch.load(folder, model=Block())
+    model = Block()
+    model._keys_to_ignore_on_load_unexpected = [r"^extra\."]  # type: ignore[assignment]
+    assert isinstance(fp8dispatch.load(folder, model=model).up, fp8dispatch.FP8Linear)
+
+
 def test_a_forced_backend_is_kept(tmp_path: Path) -> None:
     folder = write_packed(tmp_path, WEIGHTS, "ct", SCHEMES["channel"], others=OTHERS)
     loaded = fp8dispatch.load(folder, model=Block(), backend="eager")

@@ -97,6 +97,9 @@ def test_vllm(
 def test_everything_that_exists_loads_here() -> None:
     for scheme in SCHEMES.values():
         assert verdict("here", "native", scheme, (77, 99)) == (True, "")
+    expert = f"{M}.experts.0.up_proj"
+    loads, remark = verdict("here", "native", BLOCK, (77, 99), expert)
+    assert loads and "a linear layer for each expert" in remark
 
 
 def reasons(

@@ -74,7 +74,7 @@ def verdicts(
                 problems = list(_vllm(layout, module, modules, skips, tp, heads))
                 remark = _vllm_remark(layout, module.scheme)
             else:
-                problems, remark = [], ""
+                problems, remark = [], _here_remark(name)
             found.append(Verdict(target, name, not problems, "; ".join(problems) or remark))
     return tuple(found)
 
@@ -109,6 +109,12 @@ def _transformers(layout: str, module: PackedModule) -> Iterator[str]:
             f"K = {k} is no multiple of {block[1]}, and compressed-tensors fails when it groups "
             f"the activations"
         )
+
+
+def _here_remark(name: str) -> str:
+    if ".experts." in name:
+        return "needs a model with a linear layer for each expert: load(..., model=...)"
+    return ""
 
 
 def _transformers_remark(layout: str, scheme: Scheme) -> str:
