@@ -14,6 +14,7 @@ import fp8dispatch
 from fp8dispatch import cli
 from fp8dispatch.errors import CheckpointError
 from fp8dispatch.pack import packed as packed_module
+from fp8dispatch.pack.layouts.catalog import get_layout
 from fp8dispatch.pack.packed import PackedCheckpoint
 from fp8dispatch.pack.scheme import SCHEMES, Activations, Scheme
 from tests.pack.folders import files_of, same_bytes, write_model
@@ -44,14 +45,23 @@ BLOCK_WEIGHT_ONLY = replace(SCHEMES["block128"], activations=Activations.NONE)
 def test_unpack_restores_codes_times_scale(
     layout: str, scheme: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In strips that do not divide the weight, rounded once from the exact product."""
+    """In strips that do not divide the weight, rounded once from the exact product; no more of a
+    weight than a strip of whole blocks is in memory."""
     monkeypatch.setattr(packed_module, "STRIP_BYTES", 256 * 130)
+    restore, largest = packed_module.restore, [0]
+
+    def watched(module: Any, strip: torch.Tensor, *rest: Any) -> torch.Tensor:
+        largest[0] = max(largest[0], strip.numel())
+        return restore(module, strip, *rest)
+
+    monkeypatch.setattr(packed_module, "restore", watched)
     source = write_packed(
         tmp_path / "packed", WEIGHTS, layout, SCHEMES[scheme], others=NORM, kv_layers=(ATTENTION,)
     )
     (source / "tokenizer.json").write_text("{}")
     done = fp8dispatch.unpack(source, tmp_path / "plain", dtype=dtype)
     assert (done.layout, done.modules, len(done.dropped)) == (layout, 2, 2)
+    assert 0 < largest[0] <= 128 * 384
 
     plain = load_file(tmp_path / "plain" / "model.safetensors")
     assert sorted(plain) == sorted([f"{Q}.weight", f"{UP}.weight", *NORM])
@@ -69,7 +79,7 @@ def test_a_scale_may_lie_in_another_file_than_its_weight(tmp_path: Path) -> None
     scheme = SCHEMES["block128"]
     tensors, contents = pack_tensors(ALIGNED, "hf", scheme)
     ordered = sorted({**tensors, **NORM}.items(), key=lambda item: "scale" in item[0])
-    config = {"quantization_config": fp8dispatch_config("hf", contents)}
+    config = {"quantization_config": configuration("hf", contents)}
     source = tmp_path / "packed"
     source.mkdir()
     shards = {"model-00001-of-00002.safetensors": dict(ordered[:3])}
@@ -88,11 +98,33 @@ def test_a_scale_may_lie_in_another_file_than_its_weight(tmp_path: Path) -> None
     assert torch.equal(plain[f"{Q}.weight"], exact)
 
 
-def fp8dispatch_config(layout: str, contents: Any) -> dict[str, Any]:
+def configuration(layout: str, contents: Any) -> dict[str, Any]:
     """The configuration block that a format writes."""
-    from fp8dispatch.pack.layouts.catalog import get_layout
-
     return get_layout(layout).config(contents)
+
+
+@pytest.mark.parametrize("command", ["unpack", "convert"])
+def test_a_job_that_was_stopped_goes_on(command: str, tmp_path: Path) -> None:
+    """After the first of two files; the result is that of an undisturbed run, byte by byte."""
+    tensors, contents = pack_tensors(ALIGNED, "hf", SCHEMES["block128"])
+    config = {"quantization_config": configuration("hf", contents)}
+    source = write_model(tmp_path / "packed", {**NORM, **tensors}, config, shards=2)
+    arguments: dict[str, Any] = {} if command == "unpack" else {"layout": "native"}
+    job = getattr(fp8dispatch, command)
+
+    def stop(done: int, of: int, name: str) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job(source, tmp_path / "stopped", progress=stop, **arguments)
+    assert len(list((tmp_path / "stopped").glob("*.safetensors"))) == 1
+    assert not (tmp_path / "stopped" / "config.json").exists()
+    steps: list[str] = []
+    job(source, tmp_path / "stopped", progress=lambda *step: steps.append(step[2]), **arguments)
+    assert steps == ["model-00002-of-00002.safetensors"]
+    job(source, tmp_path / "whole", **arguments)
+    assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
 
 
 def test_unpack_refuses_values_that_the_dtype_cannot_hold(tmp_path: Path) -> None:
