@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from fp8dispatch.errors import CheckpointError
+from fp8dispatch.errors import CheckpointError, FP8DispatchError
 
 
 @dataclass(frozen=True)
@@ -46,27 +47,32 @@ def read_calibration(path: Path, dtype: str) -> Calibration:
         dtype: FP8 dtype of the activations, by its torch name.
 
     Raises:
-        FP8DispatchError: a file that cannot be read, or is of an interrupted calibration.
+        CheckpointError: a file that cannot be read, or is of an interrupted calibration.
     """
+    # Loaded on demand: most plans need no calibration.
+    statistics = import_module("fp8dispatch.calibrate.stats")
+    try:
+        return _scales_of(statistics.CalibrationStats.load(path), dtype)
+    except FP8DispatchError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _scales_of(stats: Any, dtype: str) -> Calibration:
+    """What packing needs of statistics (`fp8dispatch.calibrate.stats.CalibrationStats`)."""
     import torch
 
-    # Loaded on demand: most plans need no calibration.
-    statistics = import_module("fp8dispatch.calibrate.stats").CalibrationStats.load(path)
     scales = import_module("fp8dispatch.calibrate.scales")
     saturation = import_module("fp8dispatch.calibrate.saturation")
     float8 = getattr(torch, dtype)
-    seeds = scales.amax_seeds(statistics, dtype=float8)
-    kv = {}
-    if statistics.kv_cache:
-        kv = {
-            name: (tuple(found.key.tolist()), tuple(found.value.tolist()))
-            for name, found in scales.kv_cache_scales(
-                statistics, per_head=True, dtype=float8
-            ).items()
-        }
+    cache = scales.kv_cache_scales(stats, per_head=True, dtype=float8) if stats.kv_cache else {}
     return Calibration(
-        activation_scales=scales.activation_scales(statistics, dtype=float8),
-        amax_history={name: seed.amax_history for name, seed in seeds.items()},
-        saturation={row.name: row.ratio for row in saturation.saturation(statistics)},
-        kv_scales=kv,
+        activation_scales=scales.activation_scales(stats, dtype=float8),
+        amax_history={
+            name: seed.amax_history for name, seed in scales.amax_seeds(stats, dtype=float8).items()
+        },
+        saturation={row.name: row.ratio for row in saturation.saturation(stats)},
+        kv_scales={
+            name: (tuple(found.key.tolist()), tuple(found.value.tolist()))
+            for name, found in cache.items()
+        },
     )

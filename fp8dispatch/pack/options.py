@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 
 from fp8dispatch.errors import InvalidInputError
+from fp8dispatch.pack.kvcache import KV_CHOICES
 from fp8dispatch.pack.layouts.catalog import get_layout
 from fp8dispatch.pack.layouts.contract import Layout
 from fp8dispatch.pack.layouts.loadability import TARGETS
@@ -84,6 +85,7 @@ class PackOptions:
         on_ragged: what happens to weights that are no whole blocks.
         calibration: a JSON file of activation scales, for static activations.
         keep_master: also keep the source's weights, in the subfolder ``master``.
+        kv_scales: ``"layer"`` or ``"head"``: also write the calibration's scales of the KV cache.
     """
 
     recipe: str | None = None
@@ -97,6 +99,7 @@ class PackOptions:
     on_ragged: OnRagged | None = None
     calibration: Path | None = None
     keep_master: bool = False
+    kv_scales: str | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,7 @@ def _check(asked: PackOptions) -> None:
         "preset": (asked.preset, PRESETS),
         "target": (asked.target, TARGETS),
         "dtype": (asked.dtype, FLOAT8_NAMES),
+        "kv_scales": (asked.kv_scales, KV_CHOICES),
     }
     for what, (value, known) in choices.items():
         if value is not None and value not in known:

@@ -219,6 +219,10 @@ def _write_shards(
                 continue
             kept = [one.tensor for one in planned.kept if one.tensor.file == shard.file]
             copied: list[Future[Any]] = [pool.submit(writer.copy, tensor) for tensor in kept]
+            for scale in () if planned.kv is None else planned.kv.tensors:
+                if scale.file == shard.file:
+                    values = torch.tensor(scale.values, dtype=torch.float32)
+                    writer.write(scale.stored.name, codec.encode(scale.stored, values))
             figures = _quantize(by_file.get(shard.file, []), writer, pool, measured, copied, step)
             note["tensors"] = [one.model_dump(mode="json") for one in figures]
 
@@ -358,6 +362,7 @@ def _fingerprint(planned: Plan, measured: bool) -> str:
     resolved = planned.resolved
     seen: list[object] = [fp8dispatch.__version__, resolved.layout.name, measured]
     seen += [resolved.asked.keep_master, sorted(kept.tensor.name for kept in planned.kept)]
+    seen.append(None if planned.kv is None else planned.kv.tensors)
     for name, weight in planned.weights.items():
         module = weight.module
         seen.append((name, module.scheme, module.amax_history, weight.activation_scale))

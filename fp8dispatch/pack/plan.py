@@ -15,6 +15,7 @@ from fp8dispatch.errors import CheckpointError
 from fp8dispatch.pack.calibration import Calibration, read_calibration
 from fp8dispatch.pack.checkpoint import CONFIG, Checkpoint
 from fp8dispatch.pack.experts import WeightSource, is_fused, split
+from fp8dispatch.pack.kvcache import KVPlan, plan_kv
 from fp8dispatch.pack.layouts.contract import PackedModule
 from fp8dispatch.pack.layouts.loadability import TARGETS, Verdict, verdicts
 from fp8dispatch.pack.layouts.reading import quantization_block
@@ -71,9 +72,12 @@ def plan_checkpoint(
     for name, scheme in ragged.schemes.items():
         weights[name] = replace(weights[name], module=replace(weights[name].module, scheme=scheme))
     weights = _stored(weights, resolved, calibration, problems)
+    kv = None
+    if asked.kv_scales is not None:
+        kv = plan_kv(asked.kv_scales, checkpoint, resolved.layout, calibration, problems)
     warnings = [*_warnings(resolved, calibration, weights)]
     found = _verdicts(weights, kept, resolved, checkpoint)
-    problems += _contents_problems(checkpoint, resolved, weights, kept, found)
+    problems += _contents_problems(checkpoint, resolved, weights, kept, kv, found)
     return Plan(
         checkpoint,
         resolved,
@@ -83,6 +87,7 @@ def plan_checkpoint(
         tuple(warnings),
         found,
         calibration,
+        kv,
     )
 
 
@@ -228,6 +233,7 @@ def _contents_problems(
     resolved: Resolved,
     weights: Mapping[str, Weight],
     kept: list[Kept],
+    kv: KVPlan | None,
     found: tuple[Verdict, ...],
 ) -> list[str]:
     """What stands against the result as a whole."""
@@ -237,8 +243,8 @@ def _contents_problems(
             f"{checkpoint.folder}: at least one weight must be quantised, found none among "
             f"{len(checkpoint.tensors)} tensors; see the reasons, and --skip and --only"
         )
-    problems += resolved.layout.refuse_contents(contents_of(weights, kept))
-    problems += _collisions(checkpoint, weights, kept)
+    problems += resolved.layout.refuse_contents(contents_of(weights, kept, kv))
+    problems += _collisions(checkpoint, weights, kept, kv)
     if resolved.asked.target is not None:
         problems += [
             f"{_place(weights[verdict.module])}: it must load in {verdict.target}, found that "
@@ -250,20 +256,25 @@ def _contents_problems(
 
 
 def _collisions(
-    checkpoint: Checkpoint, weights: Mapping[str, Weight], kept: list[Kept]
+    checkpoint: Checkpoint, weights: Mapping[str, Weight], kept: list[Kept], kv: KVPlan | None
 ) -> list[str]:
     """Tensors of the result that would have one name."""
     names = {one.tensor.name: one.tensor.file for one in kept}
+    wanted = [
+        (tensor.name, weight.origin.file, f"quantising {weight.module.name}")
+        for weight in weights.values()
+        for tensor in weight.module.tensors
+    ]
+    if kv is not None:
+        wanted += [(one.stored.name, one.file, "the KV cache's scales") for one in kv.tensors]
     problems = []
-    for weight in weights.values():
-        for tensor in weight.module.tensors:
-            if tensor.name in names:
-                problems.append(
-                    f"{checkpoint.folder / names[tensor.name]}: the name {tensor.name!r} is needed "
-                    f"for what quantising {weight.module.name} gives, found a tensor of that name; "
-                    f"rename it, or use --skip {weight.module.name}"
-                )
-            names[tensor.name] = weight.origin.file
+    for name, file, cause in wanted:
+        if name in names:
+            problems.append(
+                f"{checkpoint.folder / names[name]}: the name {name!r} is needed for {cause}, "
+                f"found a tensor of that name; rename it, or leave the layer out with --skip"
+            )
+        names[name] = file
     return problems
 
 

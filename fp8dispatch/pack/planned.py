@@ -16,6 +16,7 @@ from fp8dispatch.pack.calibration import Calibration
 from fp8dispatch.pack.checkpoint import Checkpoint, FileTensor
 from fp8dispatch.pack.experts import WeightSource
 from fp8dispatch.pack.header import TensorSpec
+from fp8dispatch.pack.kvcache import KVPlan
 from fp8dispatch.pack.layouts.contract import Contents, PackedModule
 from fp8dispatch.pack.layouts.loadability import Verdict
 from fp8dispatch.pack.options import Resolved
@@ -77,6 +78,7 @@ class Plan:
         warnings: what a user should know before.
         verdicts: where each quantised module loads.
         calibration: the scales that were read, if any.
+        kv: scales of the KV cache, where they are written.
     """
 
     checkpoint: Checkpoint
@@ -87,6 +89,7 @@ class Plan:
     warnings: tuple[str, ...]
     verdicts: tuple[Verdict, ...]
     calibration: Calibration | None
+    kv: KVPlan | None = None
 
     @property
     def model_types(self) -> tuple[str, ...]:
@@ -96,7 +99,7 @@ class Plan:
     @cached_property
     def contents(self) -> Contents:
         """What the result holds, for its configuration."""
-        return contents_of(self.weights, self.kept)
+        return contents_of(self.weights, self.kept, self.kv)
 
     @cached_property
     def shards(self) -> tuple[OutputShard, ...]:
@@ -115,6 +118,9 @@ class Plan:
             masters[f"{MASTER}/{origin.file}"][origin.name] = TensorSpec(
                 origin.name, origin.dtype, origin.shape
             )
+        for scale in () if self.kv is None else self.kv.tensors:
+            stored = scale.stored
+            specs[scale.file].append(TensorSpec(stored.name, stored.dtype, stored.shape))
         shards = [
             OutputShard(file, tuple(found), self.checkpoint.headers[file].metadata)
             for file, found in specs.items()
@@ -149,7 +155,10 @@ class Plan:
             raise CheckpointError(f"{self.problems[0]}{others}")
 
 
-def contents_of(weights: Mapping[str, Weight], kept: Sequence[Kept]) -> Contents:
+def contents_of(
+    weights: Mapping[str, Weight], kept: Sequence[Kept], kv: KVPlan | None = None
+) -> Contents:
     """What the result holds."""
     skipped = dict.fromkeys(one.module for one in kept if one.linear)
-    return Contents({name: weight.module for name, weight in weights.items()}, tuple(skipped))
+    modules = {name: weight.module for name, weight in weights.items()}
+    return Contents(modules, tuple(skipped), None if kv is None else kv.scales)

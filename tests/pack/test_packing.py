@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -387,7 +387,6 @@ def any_options(draw: Any) -> PackOptions:
     )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_a_plan_predicts_every_failure(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -422,3 +421,66 @@ def test_a_scheme_of_another_dtype_reaches_the_file(tmp_path: Path) -> None:
 
     scheme = replace(SCHEMES["group32"], dtype="float8_e4m3fnuz")
     assert {one.module.scheme for one in done.plan.weights.values()} == {scheme}
+
+
+ATTENTION = [f"model.layers.{layer}.self_attn" for layer in range(2)]
+KV = Calibration({}, kv_scales=dict.fromkeys(ATTENTION, ((0.5, 0.25), (1.0, 2.0))))
+
+
+@pytest.mark.parametrize(
+    ("layout", "choice", "key", "keys", "values"),
+    [
+        ("compressed-tensors", "layer", "k_scale", [0.5], [2.0]),
+        ("compressed-tensors", "head", "k_scale", [0.5, 0.25], [1.0, 2.0]),
+        ("native", "head", "k_scale", [0.5, 0.25], [1.0, 2.0]),
+    ],
+)
+def test_scales_of_the_kv_cache_are_written_beside_their_layer(
+    tmp_path: Path, layout: str, choice: str, key: str, keys: list[float], values: list[float]
+) -> None:
+    source = write_model(tmp_path / "in", MODEL, CONFIG)
+
+    done = pack_checkpoint(
+        source,
+        tmp_path / "out",
+        PackOptions(recipe="channel", layout=layout, kv_scales=choice),
+        calibration=KV,
+        report=False,
+    )
+
+    packed = loaded(tmp_path / "out")
+    for layer in ATTENTION:
+        assert packed[f"{layer}.{key}"].flatten().tolist() == keys
+        assert packed[f"{layer}.v_scale"].flatten().tolist() == values
+    assert done.plan.contents.kv is not None
+    assert fp8dispatch.inspect(tmp_path / "out") is not None
+
+
+@pytest.mark.parametrize(
+    ("calibration", "layout", "choice", "words"),
+    [
+        (None, "ct", "layer", "need a calibration that measured it, found none"),
+        (SCALES, "ct", "layer", "need a calibration that measured it, found none"),
+        (KV, "modelopt", "head", "one KV scale per layer"),
+        (
+            Calibration({}, kv_scales={"a": ((1.0,), (1.0,)), "b": ((1.0, 2.0), (1.0,))}),
+            "ct",
+            "head",
+            r"equally many KV heads in all layers, found \[1, 2\]",
+        ),
+        (
+            Calibration({}, kv_scales={"other.attn": ((1.0,), (1.0,))}),
+            "ct",
+            "layer",
+            "'other.attn' must have tensors in the source",
+        ),
+    ],
+)
+def test_scales_of_the_kv_cache_that_cannot_be_written(
+    tmp_path: Path, calibration: Calibration | None, layout: str, choice: str, words: str
+) -> None:
+    source = write_model(tmp_path, MODEL, CONFIG)
+    options = PackOptions(recipe="channel", layout=layout, kv_scales=choice)
+
+    with pytest.raises(CheckpointError, match=words):
+        plan_checkpoint(source, options, calibration=calibration).refuse_problems()

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_option_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that decide how a checkpoint is packed."""
+    from fp8dispatch.pack.kvcache import KV_CHOICES
     from fp8dispatch.pack.layouts.catalog import ALIASES, LAYOUTS
     from fp8dispatch.pack.layouts.loadability import TARGETS
     from fp8dispatch.pack.options import PRESETS, OnRagged
@@ -60,6 +61,9 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration", metavar="FILE", help="statistics for static activation scales"
     )
     parser.add_argument(
+        "--kv-scales", choices=KV_CHOICES, help="write the calibration's scales of the KV cache"
+    )
+    parser.add_argument(
         "--keep-master", action="store_true", help="keep the source's weights in OUT/master"
     )
 
@@ -80,6 +84,7 @@ def options_of(arguments: argparse.Namespace) -> PackOptions:
         on_ragged=None if arguments.on_ragged is None else OnRagged(arguments.on_ragged),
         calibration=None if arguments.calibration is None else Path(arguments.calibration),
         keep_master=arguments.keep_master,
+        kv_scales=arguments.kv_scales,
     )
 
 
