@@ -37,6 +37,19 @@ CONFIGURATIONS: dict[str, tuple[str, Scheme, dict[str, Any]]] = {
             "ignored_layers": ["lm_head", "model.layers.0.mlp.gate"],
         },
     ),
+    "hf with E8M0 scales": (
+        "hf",
+        SCHEMES["block128-ue8m0"],
+        {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": [128, 128],
+            "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate"],
+            "ignored_layers": ["lm_head", "model.layers.0.mlp.gate"],
+        },
+    ),
     "fbgemm": (
         "fbgemm",
         SCHEMES["channel"],

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import fp8dispatch
 from fp8dispatch import cli
-from fp8dispatch.errors import CheckpointError
+from fp8dispatch.errors import CheckpointError, ScaleValueError
 from fp8dispatch.pack import packed as packed_module
 from fp8dispatch.pack.layouts.catalog import get_layout
 from fp8dispatch.pack.packed import PackedCheckpoint
@@ -101,6 +101,20 @@ def test_a_scale_may_lie_in_another_file_than_its_weight(tmp_path: Path) -> None
 def configuration(layout: str, contents: Any) -> dict[str, Any]:
     """The configuration block that a format writes."""
     return get_layout(layout).config(contents)
+
+
+def test_a_scale_of_zero_restores_zeros(tmp_path: Path) -> None:
+    """As some packers store it for a block of zeros; another format is not given one."""
+    codes = torch.zeros(128, 128).to(torch.float8_e4m3fn)
+    tensors = {f"{Q}.weight": codes, f"{Q}.weight_scale_inv": torch.zeros(1, 1)}
+    block = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    source = write_model(tmp_path / "packed", tensors, {"quantization_config": block})
+    fp8dispatch.unpack(source, tmp_path / "plain", dtype=torch.float32)
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    assert torch.equal(plain[f"{Q}.weight"], torch.zeros(128, 128))
+    assert "1 of 1 modules have scales of zero" in fp8dispatch.inspect(source).notes
+    with pytest.raises(ScaleValueError, match=r"positive and finite, found 0\.0 to 0\.0"):
+        fp8dispatch.convert(source, tmp_path / "ct", "ct")
 
 
 @pytest.mark.parametrize("command", ["unpack", "convert"])
