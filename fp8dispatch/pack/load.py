@@ -45,7 +45,8 @@ def load(
 
     Raises:
         CheckpointError: a damaged checkpoint, an architecture that Transformers does not have, or
-            tensors and modules that do not correspond; the message names the first ones.
+            tensors and modules that do not correspond; the message names the first ones, and a
+            given model is as it was.
         UnknownBackendError: no backend of that name.
 
     Warns:
@@ -79,10 +80,11 @@ def load(
     if packed.contents.kv is not None:
         own.update(tensor.name for tensor in packed.contents.kv.tensors)
     others = {rename(name): name for name in packed.checkpoint.tensors if name not in own}
+    state = _state(packed, model, others, layers, target)  # the last that can fail
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-    _assign(packed, model, others, layers, target)
+    model.load_state_dict(state, strict=False, assign=True)
     model.to(target)  # buffers that the model computed itself
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -173,21 +175,28 @@ def _renaming(packed: PackedCheckpoint, model: nn.Module) -> _Renaming:
     return _Renaming()
 
 
-def _assign(
+def _state(
     packed: PackedCheckpoint,
     model: nn.Module,
     names: dict[str, str],
     layers: dict[str, FP8Linear],
     device: torch.device,
-) -> None:
-    """Give the model every tensor that is not quantised, and see that it got all it needs.
+) -> dict[str, torch.Tensor]:
+    """Every tensor of the model that is not quantised, by its name there.
 
     Args:
         names: name in the model -> name in the checkpoint.
         layers: the FP8 layers, which have their tensors already.
+
+    Raises:
+        CheckpointError: a tensor without a place, of another shape, or missing.
     """
     folder = packed.checkpoint.folder
-    has = model.state_dict(keep_vars=True)
+    has = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name.rpartition(".")[0] not in layers
+    }
     buffers = {name for name, _ in model.named_buffers()}
     skippable = _patterns(model, "_keys_to_ignore_on_load_unexpected")
     unexpected = [
@@ -217,21 +226,18 @@ def _assign(
     for name, tensor in has.items():
         if name not in state and id(tensor) in shared:
             state[name] = shared[id(tensor)]
-    ready = {f"{name}.{part}" for name, layer in layers.items() for part in layer.state_dict()}
     missable = _patterns(model, "_keys_to_ignore_on_load_missing")
     missing = [
         name
         for name, tensor in has.items()
-        if name not in state
-        and name not in ready
-        and (tensor.is_meta or not _matches(name, missable))
+        if name not in state and (tensor.is_meta or not _matches(name, missable))
     ]
     if missing:
         raise CheckpointError(
             f"{folder}: every tensor of the model must be in the checkpoint, found none for "
             f"{_some(missing)}; take the complete checkpoint"
         )
-    model.load_state_dict(state, strict=False, assign=True)
+    return state
 
 
 def _patterns(model: nn.Module, attribute: str) -> list[str]:

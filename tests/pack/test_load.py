@@ -272,9 +272,11 @@ def test_a_model_and_a_checkpoint_that_differ(
     """Nothing is left with random values, and nothing is dropped."""
     folder = write_packed(tmp_path, WEIGHTS, "ct", SCHEMES["channel"], others=OTHERS)
     change(folder, **edits)
+    given = model()
     with pytest.raises(CheckpointError) as caught:
-        fp8dispatch.load(folder, model=model())
+        fp8dispatch.load(folder, model=given)
     assert_one_sentence(str(caught.value), folder, *names)
+    assert not any(isinstance(part, fp8dispatch.FP8Linear) for part in given.modules())
 
 
 def test_what_is_no_module() -> None:
