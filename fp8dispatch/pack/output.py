@@ -24,7 +24,7 @@ from fp8dispatch.errors import CheckpointError
 from fp8dispatch.pack.checkpoint import CONFIG, INDEX_SUFFIX, Checkpoint
 from fp8dispatch.pack.header import TensorSpec, encode_header
 from fp8dispatch.pack.jsonfiles import read_model, to_bytes
-from fp8dispatch.pack.rawio import publish
+from fp8dispatch.pack.rawio import disk_errors, publish, write_whole
 from fp8dispatch.pack.writer import ShardWriter
 
 JOURNAL = ".fp8dispatch"
@@ -107,6 +107,8 @@ class OutputFolder:
         check_apart(self.path, self.source)
         content = _content(self.path)
         if content and not (self._journal / _MANIFEST).exists() and not self._force:
+            # What a job leaves that was killed after its last file: all of the result is there.
+            shutil.rmtree(self._journal, ignore_errors=True)
             raise CheckpointError(
                 f"{self.path}: the output folder must be new or empty, found {content[0]} in it; "
                 f"name another one, or use --force to replace a checkpoint there"
@@ -189,7 +191,7 @@ class OutputFolder:
         written: list[str] = []
         for name, path in self.source.other_files():
             if name not in extra and name not in leave_out:
-                self._copy(name, path)
+                self._write(name, path)
                 written.append(name)
         for name, content in extra.items():
             self._write(name, content)
@@ -239,11 +241,10 @@ class OutputFolder:
         stale = [self.path / CONFIG, *sorted(self.path.glob(f"*{INDEX_SUFFIX}"))]
         stale += sorted(self.path.glob("*.safetensors"))
         stale += [self.path / shard.file for shard in self.shards]
+        stale += [path for path in self._journal.iterdir() if path.name != "lock"]
         for path in stale:
-            path.unlink(missing_ok=True)
-        for path in self._journal.iterdir():
-            if path.name != "lock":
-                path.unlink()
+            with disk_errors(path, "removable", "check the folder's permissions"):
+                path.unlink(missing_ok=True)
 
     def _is_done(self, shard: OutputShard) -> bool:
         path = self.path / shard.file
@@ -253,19 +254,10 @@ class OutputFolder:
         with path.open("rb") as file:
             return file.read(len(head)) == head
 
-    def _write(self, name: str, content: bytes) -> None:
+    def _write(self, name: str, content: bytes | Path) -> None:
+        """One small file: these bytes, or a copy."""
         final = self.path / name
-        temporary = self._journal / f"{final.name}.partial"
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        publish(temporary, final)
-
-    def _copy(self, name: str, source: Path) -> None:
-        final = self.path / name
-        temporary = self._journal / f"{final.name}.partial"
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, temporary)
-        publish(temporary, final)
+        write_whole(self._journal / f"{final.name}.partial", final, content)
 
 
 def check_apart(path: Path, source: Checkpoint) -> None:

@@ -30,7 +30,7 @@ from fp8dispatch.pack.options import PackOptions
 from fp8dispatch.pack.output import OutputFolder, check_apart, source_fingerprint
 from fp8dispatch.pack.plan import plan_checkpoint
 from fp8dispatch.pack.planned import MASTER, Plan, Weight
-from fp8dispatch.pack.rawio import publish
+from fp8dispatch.pack.rawio import disk_errors, write_whole
 from fp8dispatch.pack.report import REPORT, Report, report_files
 from fp8dispatch.pack.strips import BandQuantizer, Tiling, amax_of
 from fp8dispatch.pack.summary import PackSummary, PlanSummary
@@ -396,8 +396,8 @@ def _extra_files(planned: Plan) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _write_beside(folder: Path, files: Mapping[str, bytes]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         temporary = folder / f"{name}.partial"
-        temporary.write_bytes(content)
-        publish(temporary, folder / name)
+        with disk_errors(folder, "writable", "name another folder for the report"):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_whole(temporary, folder / name, content)

@@ -10,17 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from fp8dispatch.errors import CheckpointError
 from fp8dispatch.pack.calibration import Calibration, read_calibration
 from fp8dispatch.pack.checkpoint import CONFIG, Checkpoint
 from fp8dispatch.pack.experts import WeightSource, is_fused, split
+from fp8dispatch.pack.jsonfiles import read_object
 from fp8dispatch.pack.kvcache import KVPlan, plan_kv
 from fp8dispatch.pack.layouts.contract import PackedModule
 from fp8dispatch.pack.layouts.loadability import TARGETS, Verdict, verdicts
 from fp8dispatch.pack.layouts.reading import quantization_block
 from fp8dispatch.pack.layouts.sharding import fused_siblings
 from fp8dispatch.pack.options import PackOptions, Resolved, resolve
+from fp8dispatch.pack.packed import METADATA_FILES
 from fp8dispatch.pack.planned import Kept, Plan, Weight, contents_of
 from fp8dispatch.pack.policy import SUFFIX, LayerPolicy, looks_quantized
 from fp8dispatch.pack.ragged import apply_ragged
@@ -98,11 +101,11 @@ def _source_problems(checkpoint: Checkpoint) -> list[str]:
             f"{checkpoint.folder}: a model needs {CONFIG} beside its weights, found none; put the "
             f"model's configuration there"
         )
-    elif quantization_block(checkpoint.config, {}) is not None:
+    elif quantization_block(checkpoint.config, _metadata(checkpoint)) is not None:
         problems.append(
             f"{checkpoint.folder / CONFIG}: the source must be in high precision, found a "
-            f"quantization_config; restore it first with fp8dispatch unpack, or use fp8dispatch "
-            f"convert"
+            f"quantization_config in it or beside it; restore it first with fp8dispatch unpack, or "
+            f"use fp8dispatch convert"
         )
     else:
         problems += [
@@ -112,6 +115,12 @@ def _source_problems(checkpoint: Checkpoint) -> list[str]:
             if looks_quantized(tensor)
         ]
     return problems
+
+
+def _metadata(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """The JSON files beside a configuration that say how a checkpoint is quantised."""
+    files = dict(checkpoint.other_files())
+    return {name: read_object(files[name]) for name in METADATA_FILES if name in files}
 
 
 def _select(

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
-from rich.table import Table
-from rich.text import Text
 
 from fp8dispatch.pack.layouts.loadability import TARGETS
 from fp8dispatch.pack.planned import Plan
@@ -186,7 +184,8 @@ def render(summary: PlanSummary, console: Console) -> None:
         f"{summary.source}: {', '.join(summary.model_types) or 'no model type'}; {summary.recipe} "
         f"({summary.dtype}) in {summary.format}"
     )
-    console.print(_table(summary))
+    for line in _table(summary):
+        console.print(line)
     after, before = summary.bytes_after, summary.bytes_before
     console.print(f"{before:,} bytes become {after:,} ({after / max(1, before):.1%})")
     for loads in summary.loads:
@@ -199,20 +198,20 @@ def render(summary: PlanSummary, console: Console) -> None:
         console.print(f"and {len(summary.problems) - _MOST_PROBLEMS} more problems: see --json")
 
 
-def _table(summary: PlanSummary) -> Table:
-    """Rows that differ in numbers alone (of layers, of experts) are one, with their count."""
+def _table(summary: PlanSummary) -> list[str]:
+    """Rows that differ in numbers alone (of layers, of experts) are one, with their count.
+
+    Lines are as long as their names: cut or folded names could not be searched for or copied.
+    """
     counts: Counter[tuple[str, ...]] = Counter()
     for row in summary.rows:
         what = row.scheme if row.action == "quantize" else f"keep: {row.reason}"
         shape = " x ".join(map(str, row.shape))
         counts[_NUMBER.sub("*", row.name), row.dtype, shape, what or ""] += 1
-    table = Table(box=None, pad_edge=False)
-    for heading in ("tensor", "of", "shape", "count", "decision"):
-        table.add_column(heading, overflow="fold")
-    for (name, dtype, shape, what), count in counts.items():
-        # As text: brackets in a name from a file are no markup.
-        table.add_row(Text(name), dtype, shape, str(count), Text(what))
-    return table
+    rows = [("tensor", "of", "shape", "count", "decision")]
+    rows += [(name, dtype, shape, str(n), what) for (name, dtype, shape, what), n in counts.items()]
+    widths = [max(len(row[place]) for row in rows) for place in range(5)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def _render_loads(loads: Loads, console: Console) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import namedtuple
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +16,8 @@ from fp8dispatch.errors import CheckpointError
 from fp8dispatch.pack.checkpoint import Checkpoint
 from fp8dispatch.pack.header import TensorSpec, stored_dtype
 from fp8dispatch.pack.output import OutputFolder, OutputShard, source_fingerprint
+from fp8dispatch.pack.rawio import write_at, write_whole
 from tests.pack.folders import assert_one_sentence, files_of, same_bytes, write_model
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 TENSORS = {f"t{i}": torch.randn(4, i + 1) for i in range(5)}
 
@@ -163,6 +161,20 @@ def test_a_folder_with_something_in_it_needs_force(tmp_path: Path) -> None:
     assert (out / "notes.txt").read_text() == "mine"
 
 
+def test_the_journal_of_a_job_killed_after_its_last_file_goes_away(tmp_path: Path) -> None:
+    source = source_of(tmp_path)
+    out = tmp_path / "out"
+    with job(out, source) as output:
+        copy_all(output)
+    whole = files_of(out)
+    (out / ".fp8dispatch").mkdir()
+    (out / ".fp8dispatch" / "lock").touch()
+
+    with pytest.raises(CheckpointError, match="must be new or empty"), job(out, source):
+        pass
+    assert files_of(out) == whole
+
+
 def test_a_full_disk_is_found_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +188,23 @@ def test_a_full_disk_is_found_before_anything_is_written(
     ):
         pass
     assert not [name for name in files_of(tmp_path / "out") if "safetensors" in name]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_fills_up_meanwhile_is_one_sentence() -> None:
+    with pytest.raises(CheckpointError, match="found: No space left on device; free") as caught:
+        write_at(Path("/dev/full"), 0, b"x")
+    assert_one_sentence(str(caught.value), "/dev/full")
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    source = source_of(tmp_path)
+    (tmp_path / "file").write_text("x")
+
+    with pytest.raises(CheckpointError, match="found: Not a directory; "):
+        job(tmp_path / "file" / "out", source).__enter__()
+    with pytest.raises(CheckpointError, match="found: File exists; "):
+        write_whole(tmp_path / "t", tmp_path / "file" / "x.json", b"{}")
 
 
 def test_a_file_as_output_folder(tmp_path: Path) -> None:

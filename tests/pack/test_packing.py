@@ -304,7 +304,7 @@ def killed(source: Path, out: Path, event: int) -> bool:
             return call
 
         writer.write_at = counted(rawio.write_at)
-        output_module.publish = counted(rawio.publish)
+        rawio.publish = output_module.publish = counted(rawio.publish)
         pack_checkpoint(source, out, PackOptions(recipe="block128", keep_master=True), workers=2)
         os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])

@@ -254,7 +254,7 @@ def test_a_scale_that_is_none_is_refused(scale: float) -> None:
 @pytest.mark.parametrize(
     ("config", "tensors", "words"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, {}, "found a quantization_config; re"),
+        ({"quantization_config": {"quant_method": "gptq"}}, {}, "found a quantization_config in "),
         ({}, {"x.weight": torch.zeros(64, 64).to(torch.float8_e4m3fn)}, "found F8_E4M3; restore"),
         ({}, {"q.weight": bf16(64, 64), "q.weight_scale": bf16(64)}, "'q.weight_scale' is needed"),
         ({}, {"experts.gate_up_proj": bf16(4, 64, 128)}, "holds fused experts"),
@@ -271,6 +271,14 @@ def test_a_source_that_cannot_be_packed(
         raise CheckpointError("\n".join(planned.problems))
     for problem in planned.problems:
         assert_one_sentence(problem)
+
+
+def test_a_source_that_is_quantised_by_a_file_beside_its_configuration(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, llama(), CONFIG)
+    exported = {"quantization": {"quant_algo": "NVFP4"}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(exported))
+
+    assert "restore it first" in plan_checkpoint(folder).problems[0]
 
 
 def test_a_source_without_configuration(tmp_path: Path) -> None:
