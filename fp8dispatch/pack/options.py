@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -96,7 +96,7 @@ class PackOptions:
     tp: int = 1
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
-    on_ragged: OnRagged | None = None
+    on_ragged: OnRagged | str | None = None
     calibration: Path | None = None
     keep_master: bool = False
     kv_scales: str | None = None
@@ -155,7 +155,7 @@ def _base(asked: PackOptions) -> Preset:
 
 def _on_ragged(asked: PackOptions, layout: Layout) -> OnRagged:
     if asked.on_ragged is not None:
-        return asked.on_ragged
+        return OnRagged(asked.on_ragged)  # its name is taken as well
     if layout.name == "native" or asked.target == "here":
         return OnRagged.PAD
     if asked.target is None:
@@ -164,12 +164,13 @@ def _on_ragged(asked: PackOptions, layout: Layout) -> OnRagged:
 
 
 def _check(asked: PackOptions) -> None:
-    choices = {
+    choices: dict[str, tuple[str | None, Collection[str]]] = {
         "recipe": (asked.recipe, SCHEMES),
         "preset": (asked.preset, PRESETS),
         "target": (asked.target, TARGETS),
         "dtype": (asked.dtype, FLOAT8_NAMES),
         "kv_scales": (asked.kv_scales, KV_CHOICES),
+        "on_ragged": (asked.on_ragged, [one.value for one in OnRagged]),
     }
     for what, (value, known) in choices.items():
         if value is not None and value not in known:

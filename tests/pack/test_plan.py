@@ -82,6 +82,10 @@ def test_what_follows_from_the_options(
     assert (resolved.recipe, resolved.layout.name, resolved.on_ragged) == (recipe, layout, ragged)
 
 
+def test_names_stand_for_choices() -> None:
+    assert resolve(PackOptions(on_ragged="channel")).on_ragged is OnRagged.CHANNEL
+
+
 def test_the_preset_for_amd_is_fnuz() -> None:
     assert resolve(PackOptions(preset="amd")).scheme.dtype == "float8_e4m3fnuz"
 
@@ -93,6 +97,7 @@ def test_the_preset_for_amd_is_fnuz() -> None:
         ({"layout": "gguf"}, "format must be one of"),
         ({"preset": "intel"}, "preset must be one of cpu, nvidia, amd, found 'intel'"),
         ({"target": "tpu"}, "target must be one of"),
+        ({"on_ragged": "crop"}, "on_ragged must be one of skip, channel, pad, error"),
         ({"tp": 0}, "tp must be at least 1, found 0"),
         ({"dtype": "float8_e5m2"}, "two bits of mantissa and is for gradients"),
         ({"dtype": "int8"}, "dtype must be one of"),
