@@ -75,7 +75,8 @@ def test_unpack_restores_codes_times_scale(
 
 
 def test_a_scale_may_lie_in_another_file_than_its_weight(tmp_path: Path) -> None:
-    """The file that held scales alone is gone from the result and from its index."""
+    """The file that held scales alone is gone from the result and from its index; a conversion
+    puts each scale beside its weight."""
     scheme = SCHEMES["block128"]
     tensors, contents = pack_tensors(ALIGNED, "hf", scheme)
     ordered = sorted({**tensors, **NORM}.items(), key=lambda item: "scale" in item[0])
@@ -93,9 +94,15 @@ def test_a_scale_may_lie_in_another_file_than_its_weight(tmp_path: Path) -> None
     fp8dispatch.unpack(source, tmp_path / "plain", dtype=torch.float32)
     index = json.loads((tmp_path / "plain" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {"model-00001-of-00002.safetensors"}
+    assert not (tmp_path / "plain" / "model-00002-of-00002.safetensors").exists()
     plain = load_file(tmp_path / "plain" / "model-00001-of-00002.safetensors")
     exact = restored(*quantized(ALIGNED[Q], scheme), scheme).float()
     assert torch.equal(plain[f"{Q}.weight"], exact)
+
+    fp8dispatch.convert(source, tmp_path / "ct", "ct")
+    index = json.loads((tmp_path / "ct" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {"model-00001-of-00002.safetensors"}
+    assert fp8dispatch.verify(tmp_path / "ct").ok
 
 
 def configuration(layout: str, contents: Any) -> dict[str, Any]:
@@ -218,6 +225,14 @@ def test_what_would_need_other_numbers_is_refused(
     source = write_packed(tmp_path / "packed", WEIGHTS, layout, SCHEMES[scheme])
     with pytest.raises(CheckpointError, match=words):
         fp8dispatch.convert(source, tmp_path / "out", target)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_that_a_format_cannot_state_is_refused(tmp_path: Path) -> None:
+    schemes = {Q: SCHEMES["block128"], UP: SCHEMES["block128-ue8m0"]}
+    source = write_packed(tmp_path / "packed", ALIGNED, "native", schemes)
+    with pytest.raises(CheckpointError, match="hf states one weight_block_size and scale_fmt"):
+        fp8dispatch.convert(source, tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()
 
 
