@@ -1,7 +1,8 @@
 """How fast packing is, and in how much memory: ``python -m bench.pack OUT.json``.
 
 Needs 12 GB of free disk under the folder for temporary files, and no GPU. The source is in the
-page cache; every run ends with fsync. Exits 1 when a figure misses its aim.
+page cache; every run ends with fsync. A run waits a while for a quiet machine, and the result says
+how much others used it. Exits 1 when a figure misses its aim.
 
 * throughput: block128 of a model of 1.7 GB in BF16, with 1, 2 and 4 workers, with and without the
   report, beside a loop over whole tensors in plain torch that writes the same bytes; the runs of
@@ -34,7 +35,9 @@ from fp8dispatch.pack.options import PackOptions
 from fp8dispatch.pack.packing import pack_checkpoint
 from fp8dispatch.pack.writer import ShardWriter
 
-REPEATS = 7
+REPEATS = 5
+PATIENCE, QUIET = 20, 0.15
+"""Seconds to wait for a quiet machine before a run, and the share of it that others may use."""
 AIM = {"no report": 1.0, "report": 0.6, "times the loop": 3.0, "anonymous MB": 600.0}
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)]
 OPTIONS = PackOptions(recipe="block128")
@@ -83,13 +86,36 @@ def whole_tensor_loop(source: Path, out: Path) -> None:
         os.fsync(file.fileno())
 
 
-def timed(work: Callable[[Path], object], out: Path) -> float:
-    """Seconds that a run takes, into a new folder on a disk that is done with its other work."""
+def busy_seconds() -> float:
+    """CPU seconds that all processes of this machine have used."""
+    fields = [int(one) for one in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")  # idle, iowait
+
+
+def wait_until_quiet() -> None:
+    """Until others leave most of this machine alone for a second; at most `PATIENCE` seconds."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        before = busy_seconds()
+        time.sleep(1)
+        if busy_seconds() - before < QUIET * len(os.sched_getaffinity(0)):
+            return
+
+
+def timed(work: Callable[[Path], object], out: Path) -> tuple[float, float]:
+    """A run into a new folder, on a disk that is done with its other work.
+
+    Returns:
+        its seconds, and how many cores others used meanwhile.
+    """
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
-    start = time.perf_counter()
+    wait_until_quiet()
+    start, busy, own = time.perf_counter(), busy_seconds(), time.process_time()
     work(out)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    others = busy_seconds() - busy - (time.process_time() - own)
+    return seconds, max(0.0, others / seconds)
 
 
 def throughput(folder: Path) -> dict[str, Any]:
@@ -107,10 +133,13 @@ def throughput(folder: Path) -> dict[str, Any]:
                 )
             )
     runs: dict[str, list[float]] = {name: [] for name in variants}
+    disturbed: dict[str, list[float]] = {name: [] for name in variants}
     same = True
     for repeat in range(REPEATS):
         for name, work in variants.items():
-            runs[name].append(size / timed(work, folder / name) / 1e9)
+            seconds, others = timed(work, folder / name)
+            runs[name].append(size / seconds / 1e9)
+            disturbed[name].append(others)
         if repeat == 0:
             loop, ours = (
                 load_file(folder / name / FILE)
@@ -127,6 +156,7 @@ def throughput(folder: Path) -> dict[str, Any]:
             "median GB/s": round(statistics.median(found), 3),
             "best GB/s": round(max(found), 3),
             "runs": [round(rate, 3) for rate in found],
+            "cores that others used": [round(others, 2) for others in disturbed[name]],
         }
         for name, found in runs.items()
     }

@@ -340,9 +340,18 @@ def test_a_kill_at_any_point_and_a_resume_give_the_same_bytes(
 def test_other_options_do_not_resume(tmp_path: Path, whole: tuple[Path, dict[str, bytes]]) -> None:
     source, _ = whole
     assert killed(source, tmp_path / "out", 60)
+    same = PackOptions(recipe="block128", keep_master=True)
 
+    for other in (
+        replace(same, recipe="block128-ue8m0"),
+        replace(same, layout="native"),
+        replace(same, skip=(Q_PROJ,)),
+        replace(same, keep_master=False),
+    ):
+        with pytest.raises(CheckpointError, match="must be resumed with the same source and opt"):
+            pack_checkpoint(source, tmp_path / "out", other)
     with pytest.raises(CheckpointError, match="must be resumed with the same source and options"):
-        pack_checkpoint(source, tmp_path / "out", PackOptions(recipe="channel"))
+        pack_checkpoint(source, tmp_path / "out", same, report=False)
 
 
 def seldom(draw: Any, strange: Any, usual: Any) -> Any:
