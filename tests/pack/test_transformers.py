@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import fp8dispatch
+from fp8dispatch.pack.build import build_model
+from fp8dispatch.pack.checkpoint import Checkpoint
 from fp8dispatch.pack.layouts.contract import PackedModule
 from fp8dispatch.pack.layouts.loadability import verdicts
 from fp8dispatch.pack.options import PackOptions
@@ -167,9 +169,13 @@ def test_a_model_is_built_from_its_configuration_alone(tmp_path: Path) -> None:
 
 
 def test_building_leaves_torch_as_it_was(tmp_path: Path) -> None:
+    """Parameters take no memory while a model is built, and only then."""
     before = torch.nn.Module.register_parameter
     packed = packed_model(tmp_path, llama(), "native", "channel")
-    fp8dispatch.load(packed)
+    built = build_model(Checkpoint.open(packed))
+    assert all(parameter.is_meta for parameter in built.parameters())
+    buffers = list(built.buffers())
+    assert buffers and not any(buffer.is_meta for buffer in buffers)
     assert torch.nn.Module.register_parameter is before
     assert not torch.nn.Linear(3, 3).weight.is_meta
 
@@ -190,7 +196,7 @@ def test_pack_on_the_cpu_run_on_the_device(
     compared with BF16 there."""
     model = llama().to(torch.bfloat16)
     model.save_pretrained(tmp_path / "bf16")
-    pack_checkpoint(tmp_path / "bf16", tmp_path / "fp8", options)
+    pack_checkpoint(tmp_path / "bf16", tmp_path / "fp8", options, report=False)
     assert fp8dispatch.verify(tmp_path / "fp8", against=tmp_path / "bf16").ok
 
     loaded = fp8dispatch.load(tmp_path / "fp8", device=device)
