@@ -199,6 +199,10 @@ def test_kv_scales_of_one_are_suspicious_and_zero_is_wrong(tmp_path: Path) -> No
         tmp_path / "p", WEIGHTS, "ct", SCHEMES["channel"], kv_layers=("layers.0",)
     )
     assert fp8dispatch.verify(folder).warnings == []
+    change(folder, lambda tensors: tensors.update({"layers.0.k_scale": torch.tensor(1.0)}))
+    assert fp8dispatch.verify(folder).warnings == []  # the other one still says something
+    change(folder, lambda tensors: tensors.update({"layers.0.v_scale": torch.tensor(0.5)}))
+    assert fp8dispatch.verify(folder).warnings == []
     change(
         folder,
         lambda tensors: tensors.update(
