@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         AmbiguousRecipeError,
         BackendUnavailableError,
         CalibrationError,
+        CheckpointError,
         ConfigurationError,
         DeviceError,
         DTypeError,
@@ -49,6 +50,14 @@ if TYPE_CHECKING:
     from fp8dispatch.modules import ConversionReport, FP8Linear, convert_model
     from fp8dispatch.offset8 import FP8Format
     from fp8dispatch.overrides import set_backend, use_backend
+    from fp8dispatch.pack.convert import convert
+    from fp8dispatch.pack.inspection import inspect
+    from fp8dispatch.pack.load import load
+    from fp8dispatch.pack.options import PackOptions
+    from fp8dispatch.pack.packing import pack_checkpoint
+    from fp8dispatch.pack.plan import plan_checkpoint
+    from fp8dispatch.pack.unpack import unpack
+    from fp8dispatch.pack.verification import verify
     from fp8dispatch.policy import reload_environment
     from fp8dispatch.prepare import invalidate
     from fp8dispatch.problem import Accuracy, LinearProblem
@@ -71,6 +80,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "AmbiguousRecipeError",
         "BackendUnavailableError",
         "CalibrationError",
+        "CheckpointError",
         "ConfigurationError",
         "DTypeError",
         "DeviceError",
@@ -99,6 +109,14 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "modules": ("ConversionReport", "FP8Linear", "convert_model"),
     "offset8": ("FP8Format",),
     "overrides": ("set_backend", "use_backend"),
+    "pack.convert": ("convert",),
+    "pack.inspection": ("inspect",),
+    "pack.load": ("load",),
+    "pack.options": ("PackOptions",),
+    "pack.packing": ("pack_checkpoint",),
+    "pack.plan": ("plan_checkpoint",),
+    "pack.unpack": ("unpack",),
+    "pack.verification": ("verify",),
     "policy": ("reload_environment",),
     "prepare": ("invalidate",),
     "problem": ("Accuracy", "LinearProblem"),
@@ -120,6 +138,7 @@ __all__ = [
     "CalibrationError",
     "CalibrationStats",
     "Calibrator",
+    "CheckpointError",
     "ConfigurationError",
     "ConversionReport",
     "DTypeError",
@@ -138,6 +157,7 @@ __all__ = [
     "KVScales",
     "LinearProblem",
     "NumericalOverflowError",
+    "PackOptions",
     "QuantizedActivation",
     "Recipe",
     "Refusal",
@@ -150,6 +170,7 @@ __all__ = [
     "__version__",
     "act_quant",
     "activation_scales",
+    "convert",
     "convert_model",
     "dequantize",
     "explain",
@@ -158,14 +179,20 @@ __all__ = [
     "fp8_block_quant_linear",
     "fp8_linear",
     "fp8_linear_quantized",
+    "inspect",
     "invalidate",
     "kv_cache_scales",
+    "load",
+    "pack_checkpoint",
     "pack_to_fp8_e4m3",
+    "plan_checkpoint",
     "quantize",
     "reload_environment",
     "set_backend",
     "stats",
+    "unpack",
     "use_backend",
+    "verify",
     "w8a8_block_fp8_matmul",
     "w8a8_block_fp8_matmul_triton",
     "warmup",

@@ -21,6 +21,30 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "fp8dispatch.calibrate.command",
         "measure the inputs of a model's layers on a text, for static scales",
     ),
+    "plan": (
+        "fp8dispatch.pack.commands.plan",
+        "what packing a checkpoint to FP8 would do, and where the result would load",
+    ),
+    "pack": (
+        "fp8dispatch.pack.commands.pack",
+        "quantise a checkpoint to FP8 on the CPU",
+    ),
+    "unpack": (
+        "fp8dispatch.pack.commands.unpack",
+        "a packed checkpoint back to bf16, fp16 or fp32",
+    ),
+    "convert": (
+        "fp8dispatch.pack.commands.convert",
+        "a packed checkpoint into another format, number by number the same",
+    ),
+    "inspect": (
+        "fp8dispatch.pack.commands.inspect",
+        "what is in a packed checkpoint: format, scales, codes",
+    ),
+    "verify": (
+        "fp8dispatch.pack.commands.verify",
+        "check a packed checkpoint, and how well it restores its source",
+    ),
 }
 """Subcommand -> its module, which has `add_arguments(parser)` and `run(arguments) -> exit code`
 and whose docstring is the command's description; and its line of help."""

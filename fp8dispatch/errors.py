@@ -6,7 +6,8 @@
     |   |   `-- AmbiguousRecipeError          shapes that can be read in two ways
     |   |-- DTypeError (TypeError)            a dtype or a kind of object that is not taken
     |   |-- DeviceError                       tensors on different devices
-    |   `-- ScaleValueError                   a scale that is NaN, infinite or negative
+    |   |-- ScaleValueError                   a scale that is NaN, infinite or negative
+    |   `-- CheckpointError                   files that are damaged, incomplete or refused
     |-- UnknownBackendError (ValueError)      a name that no backend has
     |-- ConfigurationError (ValueError)       an environment variable that cannot be read
     |-- CalibrationError (ValueError)         a model, a text or statistics that cannot be used
@@ -49,6 +50,10 @@ class DeviceError(InvalidInputError):
 
 class ScaleValueError(InvalidInputError):
     """A scale that holds NaN, infinity or a negative value."""
+
+
+class CheckpointError(InvalidInputError):
+    """A checkpoint on disk that is damaged, incomplete, or in a form that is not taken."""
 
 
 class UnknownBackendError(FP8DispatchError, ValueError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from fp8dispatch.checks import check_activation_scale, check_bias, check_choice,
 from fp8dispatch.errors import DTypeError, InvalidInputError, NumericalOverflowError
 from fp8dispatch.formats import ACTIVATION_DTYPES, FLOAT8_DTYPES, SCALE_DTYPES
 from fp8dispatch.linear import explain, fp8_linear
+from fp8dispatch.names import matches
 from fp8dispatch.policy import check_backend
 from fp8dispatch.prepare import activation_scale_fp32
 from fp8dispatch.quantization.weight import quantize
@@ -299,7 +299,7 @@ def convert_model(
     for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, nn.Linear):
             continue
-        matched = [pattern for pattern in patterns if _matches(name, pattern)]
+        matched = [pattern for pattern in patterns if matches(name, pattern)]
         unmatched.difference_update(matched)
         reason = f"skip={matched[0]!r}" if matched else _why_left_alone(module)
         if reason is not None:
@@ -393,7 +393,3 @@ def _names(skip: object) -> tuple[str, ...]:
             return patterns
         skip = wrong[0]
     raise DTypeError(f"skip must be a list of names such as ['lm_head'], found {skip!r}")
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return f".{pattern}." in f".{name}." or fnmatchcase(name, pattern)

@@ -1,0 +1,221 @@
+"""What packing lost, as files: JSON for programs, Markdown for people, a picture of all layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+import fp8dispatch
+from fp8dispatch.pack.figures import TensorFigures
+from fp8dispatch.pack.planned import Plan
+
+REPORT = "fp8_report.json"
+WORST = 20
+SUSPICIOUS_SQNR = 28.0
+"""E4M3 gives about 31.5 dB at every granularity; a weight below this was spoilt by something."""
+
+
+class Totals(BaseModel):
+    """All quantised weights together.
+
+    Attributes:
+        weights: how many were quantised.
+        kept: how many tensors were not.
+        values: elements of the quantised weights.
+        bytes_before, bytes_after: of all tensors of the model.
+        sqnr_db: of all values together; None where nothing was lost.
+        lowest_sqnr_db: of the worst weight.
+        clipped, zero_blocks: sums over the weights.
+        suspicious: weights below `SUSPICIOUS_SQNR`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    weights: int
+    kept: int
+    values: int
+    bytes_before: int
+    bytes_after: int
+    sqnr_db: float | None
+    lowest_sqnr_db: float | None
+    clipped: int
+    zero_blocks: int
+    suspicious: list[str]
+
+
+class Report(BaseModel):
+    """``fp8_report.json``.
+
+    Attributes:
+        version: of this form.
+        fp8dispatch: the version that wrote it.
+        model_type: of the configuration.
+        format: the on-disk format.
+        recipe: the recipe's name.
+        totals: all weights together.
+        worst: names of the weights with the lowest SQNR, the worst first.
+        tensors: every quantised weight, in the order of the files.
+        activation_saturation: module -> amax of its input over the 99.9th percentile, where a
+            calibration was given.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int = 1
+    fp8dispatch: str
+    model_type: str | None
+    format: str
+    recipe: str
+    totals: Totals
+    worst: list[str]
+    tensors: list[TensorFigures]
+    activation_saturation: dict[str, float]
+
+    @classmethod
+    def of(
+        cls,
+        planned: Plan,
+        tensors: Iterable[TensorFigures],
+        activation_saturation: Mapping[str, float],
+    ) -> Report:
+        """The report of a plan that was carried out.
+
+        Args:
+            planned: the plan.
+            tensors: the figures of its weights.
+            activation_saturation: from calibration.
+        """
+        place = {f"{name}.weight": number for number, name in enumerate(planned.weights)}
+        figures = sorted(tensors, key=lambda one: place[one.name])
+        lossy = sorted(
+            (one for one in figures if one.sqnr_db is not None),
+            key=lambda one: (one.sqnr_db or 0.0, one.name),
+        )
+        config = planned.checkpoint.config or {}
+        model_type = config.get("model_type")
+        totals = Totals(
+            weights=len(figures),
+            kept=len(planned.kept),
+            values=sum(one.shape[0] * one.shape[1] for one in figures),
+            bytes_before=planned.checkpoint.total_bytes,
+            bytes_after=planned.bytes_after,
+            sqnr_db=_total_sqnr(figures),
+            lowest_sqnr_db=lossy[0].sqnr_db if lossy else None,
+            clipped=sum(one.clipped for one in figures),
+            zero_blocks=sum(one.zero_blocks for one in figures),
+            suspicious=[one.name for one in lossy if (one.sqnr_db or 0.0) < SUSPICIOUS_SQNR],
+        )
+        return cls(
+            fp8dispatch=fp8dispatch.__version__,
+            model_type=model_type if isinstance(model_type, str) else None,
+            format=planned.resolved.layout.name,
+            recipe=planned.resolved.recipe,
+            totals=totals,
+            worst=[one.name for one in lossy[:WORST]],
+            tensors=figures,
+            activation_saturation={
+                name: ratio
+                for name, ratio in activation_saturation.items()
+                if name in planned.weights and math.isfinite(ratio)
+            },
+        )
+
+
+def report_files(report: Report, path: Path) -> tuple[dict[str, bytes], list[str]]:
+    """The files of a report, and what to tell the user about them.
+
+    Args:
+        report: what to say.
+        path: of the JSON file; the others lie beside it.
+
+    Returns:
+        name -> content, and sentences: that the picture needs matplotlib, where it is missing.
+    """
+    files = {
+        path.with_suffix(".json").name: (report.model_dump_json(indent=1) + "\n").encode(),
+        path.with_suffix(".md").name: markdown(report).encode(),
+    }
+    if find_spec("matplotlib") is None:
+        return files, [
+            "the report's picture needs matplotlib, found none installed; pip install "
+            "'fp8dispatch[plot]' and repeat with --force for it"
+        ]
+    from fp8dispatch.pack.picture import picture
+
+    files[path.with_suffix(".png").name] = picture(report)
+    return files, []
+
+
+def markdown(report: Report) -> str:
+    """The report as a page."""
+    totals = report.totals
+    before, after = totals.bytes_before, totals.bytes_after
+    lines = [
+        f"# FP8 report: {report.model_type or 'model'}, {report.recipe} in {report.format}",
+        "",
+        f"{totals.weights} weights ({totals.values:,} values) were quantised, {totals.kept} "
+        f"tensors kept. {before:,} bytes became {after:,} ({after / max(1, before):.1%}).",
+        "",
+        f"SQNR of all values: {_db(totals.sqnr_db)} dB; lowest of a weight: "
+        f"{_db(totals.lowest_sqnr_db)} dB. Clipped values: {totals.clipped}. Scales over zeros "
+        f"alone: {totals.zero_blocks}.",
+        "",
+    ]
+    if totals.suspicious:
+        lines += [
+            f"**{len(totals.suspicious)} weights are below {SUSPICIOUS_SQNR:g} dB**, where E4M3 "
+            f"gives about 31.5 dB: they hold values of very different size, or are damaged.",
+            "",
+        ]
+    by_name = {one.name: one for one in report.tensors}
+    lines += [
+        f"## The {len(report.worst)} weights with the lowest SQNR",
+        "",
+        "| weight | shape | scheme | SQNR dB | relative error | cosine | max error | amax "
+        "| amax / p99.9 | to zero | scales |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *(_row(by_name[name]) for name in report.worst),
+        "",
+    ]
+    spiky = sorted(report.activation_saturation.items(), key=lambda item: -item[1])[:WORST]
+    if spiky:
+        lines += [
+            "## The inputs with the largest amax / p99.9",
+            "",
+            "| module | ratio |",
+            "|---|---|",
+            *(f"| {_cell(name)} | {ratio:.1f} |" for name, ratio in spiky),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _row(one: TensorFigures) -> str:
+    ratio = "" if one.saturation_ratio is None else f"{one.saturation_ratio:.1f}"
+    cosine = "" if one.cosine is None else f"{one.cosine:.6f}"
+    return (
+        f"| {_cell(one.name)} | {one.shape[0]} x {one.shape[1]} | {one.scheme} | "
+        f"{_db(one.sqnr_db)} | {one.relative_error:.2%} | {cosine} | {one.max_abs_error:.3g} | "
+        f"{one.amax:.3g} | {ratio} | {one.flushed:.2%} | {one.scale_min:.3g} to "
+        f"{one.scale_max:.3g} |"
+    )
+
+
+def _cell(name: str) -> str:
+    return name.replace("|", "\\|")
+
+
+def _db(value: float | None) -> str:
+    return "no loss" if value is None else f"{value:.2f}"
+
+
+def _total_sqnr(figures: Iterable[TensorFigures]) -> float | None:
+    signal = noise = 0.0
+    for one in figures:
+        signal += one.signal
+        noise += one.signal * one.relative_error**2
+    return 10 * math.log10(signal / noise) if signal and noise else None

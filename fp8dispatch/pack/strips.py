@@ -1,0 +1,175 @@
+"""Quantising a matrix tile by tile on the CPU: the bytes of `fp8dispatch.quantize`, without it all.
+
+A tile is a few rows (one row of blocks, where blocks have several rows) by at most `TILE_ELEMENTS`
+elements, so its float form stays in the processor's cache. The arithmetic is that of
+`quantization.eager`: IEEE division by the scale that is stored, a clamp, a cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fp8dispatch.errors import NumericalOverflowError
+from fp8dispatch.formats import decode_scale, max_value, round_scale
+from fp8dispatch.pack.scheme import Scheme
+from fp8dispatch.quantization.eager import scale_of
+from fp8dispatch.quantization.weight import block_of
+from fp8dispatch.recipe import Granularity, ceil_div
+
+TILE_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a matrix [N, K] is cut, and how its scales lie.
+
+    Attributes:
+        n, k: the matrix.
+        rows, columns: what shares one scale, never more than n and k.
+        band: rows that are read, quantised and written together.
+    """
+
+    n: int
+    k: int
+    rows: int
+    columns: int
+    band: int
+
+    @classmethod
+    def of(cls, scheme: Scheme, shape: tuple[int, int]) -> Tiling:
+        """The tiling of a weight under a scheme."""
+        n, k = shape
+        rows, columns = block_of(scheme.recipe, n, k)
+        # A band is one row of blocks; rows that share no scale, or share one with all others, go
+        # together as far as a tile reaches.
+        blocks = scheme.recipe.granularity is Granularity.BLOCK and rows > 1
+        band = rows if blocks else max(1, min(n, TILE_ELEMENTS // k))
+        return cls(n, k, rows, columns, band)
+
+    @property
+    def scales_per_row(self) -> int:
+        """Scales along K."""
+        return ceil_div(self.k, self.columns)
+
+    def bands(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        """Row ranges of the bands between two rows; `start` is the first row of a band."""
+        end = self.n if stop is None else stop
+        for top in range(start, end, self.band):
+            yield top, min(top + self.band, end)
+
+    def column_ranges(self, rows: int) -> Iterator[tuple[int, int]]:
+        """Column ranges of a band's tiles: whole blocks, a ragged block on its own."""
+        whole = self.k - self.k % self.columns
+        width = max(1, TILE_ELEMENTS // max(1, rows * self.columns)) * self.columns
+        for left in range(0, whole, width):
+            yield left, min(left + width, whole)
+        if whole < self.k:
+            yield whole, self.k
+
+
+def amax_of(values: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of a matrix, fp32, shape [1]; NaN wins."""
+    low, high = values.amin(), values.amax()  # on the narrow dtype: nothing is converted
+    return torch.maximum(high.float(), -low.float()).reshape(1)
+
+
+@dataclass(frozen=True)
+class QuantizedBand:
+    """A band of a weight in FP8.
+
+    Attributes:
+        data: [rows, K] FP8.
+        multipliers: fp32 scales, value = data * scale: [1, blocks] or [rows, blocks]; [1, 1] of
+            the whole tensor.
+        amax: what they were computed from, of the same shape.
+    """
+
+    data: torch.Tensor
+    multipliers: torch.Tensor
+    amax: torch.Tensor
+
+
+class BandQuantizer:
+    """Quantises the bands of one weight, one at a time, in memory that is used again.
+
+    Args:
+        tiling: of the whole weight.
+        scheme: how to quantise.
+        where: the file and the tensor, for errors.
+    """
+
+    def __init__(self, tiling: Tiling, scheme: Scheme, where: str = "the tensor") -> None:
+        self.tiling, self.scheme, self.where = tiling, scheme, where
+        self._dtype: torch.dtype = getattr(torch, scheme.dtype)
+        self._wide = torch.empty((tiling.band, tiling.k), dtype=torch.float32)
+        self._data = torch.empty((tiling.band, tiling.k), dtype=self._dtype)
+
+    def quantize(
+        self, values: torch.Tensor, tensor_amax: torch.Tensor | None = None
+    ) -> QuantizedBand:
+        """Quantise one band; its data is overwritten by the next call.
+
+        Args:
+            values: [rows, K] bf16, fp16 or fp32: a band of the tiling.
+            tensor_amax: [1] fp32, the largest magnitude of the whole tensor: with tensor scales.
+
+        Raises:
+            NumericalOverflowError: NaN or infinity in the values, or a scale that its dtype does
+                not hold.
+        """
+        rows, columns = values.shape[0], self.tiling.columns
+        wide, data = self._wide[:rows].copy_(values), self._data[:rows]
+        ranges = list(self.tiling.column_ranges(rows))
+        if tensor_amax is None:
+            parts = [_block_amax(wide[:, a:b], columns, self.tiling.rows == 1) for a, b in ranges]
+            amax = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        else:
+            amax = tensor_amax.reshape(1, 1)
+        multipliers = multipliers_of(amax, self.scheme, self.where)
+        limit = max_value(self._dtype)
+        for left, right in ranges:
+            tile = wide[:, left:right]
+            if tensor_amax is None:
+                first, count = left // columns, ceil_div(right - left, columns)
+                blocks = tile.view(rows, count, -1)
+                blocks.div_(multipliers[:, first : first + count, None])
+            else:
+                tile.div_(multipliers)
+            # As `eager.cast`, in place: clamped first, since an overflowing cast differs by version
+            data[:, left:right].copy_(tile.clamp_(-limit, limit))
+        return QuantizedBand(data, multipliers, amax)
+
+
+def _block_amax(tile: torch.Tensor, columns: int, per_row: bool) -> torch.Tensor:
+    """Largest magnitudes of a tile's blocks: [1, blocks] of all rows, or [rows, blocks]."""
+    if per_row:
+        blocks = tile.view(tile.shape[0], -1, min(columns, tile.shape[1]))
+        return torch.maximum(blocks.amax(2), -blocks.amin(2))
+    of_columns = torch.maximum(tile.amax(0), -tile.amin(0))
+    return of_columns.view(-1, min(columns, tile.shape[1])).amax(1)[None]
+
+
+def multipliers_of(amax: torch.Tensor, scheme: Scheme, where: str) -> torch.Tensor:
+    """The scales to divide by, which are those that are stored, of the same shape as `amax`.
+
+    Raises:
+        NumericalOverflowError: maxima that are not finite, or scales that the dtype does not hold.
+    """
+    if not bool(torch.isfinite(amax).all()):
+        raise NumericalOverflowError(
+            f"{where} must hold finite values to be quantised, found NaN or infinity; repair the "
+            f"weight, or leave it as it is with --skip"
+        )
+    scale = scale_of(amax, getattr(torch, scheme.dtype))
+    if scheme.scale_dtype == "float32":
+        return scale
+    multipliers = decode_scale(round_scale(scale, getattr(torch, scheme.scale_dtype)))
+    if not bool(torch.isfinite(multipliers).all()):
+        raise NumericalOverflowError(
+            f"{where} needs scales within {scheme.scale_dtype}, found a largest value of "
+            f"{float(amax.max()):.3g}; use a recipe with float32 scales"
+        )
+    return multipliers
