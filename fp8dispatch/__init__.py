@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     )
     from fp8dispatch.linear import fp8_linear, fp8_linear_quantized
     from fp8dispatch.modules import ConversionReport, FP8Linear, convert_model
+    from fp8dispatch.moe.matmul import fp8_experts_batched, fp8_experts_grouped
     from fp8dispatch.offset8 import FP8Format
     from fp8dispatch.overrides import set_backend, use_backend
     from fp8dispatch.policy import reload_environment
@@ -85,6 +86,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     ),
     "linear": ("fp8_linear", "fp8_linear_quantized"),
     "modules": ("ConversionReport", "FP8Linear", "convert_model"),
+    "moe.matmul": ("fp8_experts_batched", "fp8_experts_grouped"),
     "offset8": ("FP8Format",),
     "overrides": ("set_backend", "use_backend"),
     "policy": ("reload_environment",),
@@ -135,6 +137,8 @@ __all__ = [
     "fbgemm_fp8_linear",
     "fp8_act_quant",
     "fp8_block_quant_linear",
+    "fp8_experts_batched",
+    "fp8_experts_grouped",
     "fp8_linear",
     "fp8_linear_quantized",
     "invalidate",
