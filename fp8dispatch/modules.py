@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,6 +14,7 @@ from fp8dispatch import registry
 from fp8dispatch.checks import check_activation_scale, check_bias, check_choice, check_size
 from fp8dispatch.errors import DTypeError, InvalidInputError, NumericalOverflowError
 from fp8dispatch.formats import ACTIVATION_DTYPES, FLOAT8_DTYPES, SCALE_DTYPES
+from fp8dispatch.frozen import FrozenTensors
 from fp8dispatch.linear import explain, fp8_linear
 from fp8dispatch.policy import check_backend
 from fp8dispatch.prepare import activation_scale_fp32
@@ -22,10 +23,8 @@ from fp8dispatch.recipe import BLOCK_128, Recipe
 from fp8dispatch.router import Decision
 from fp8dispatch.validate import check_operands
 
-_FROZEN = ("weight", "weight_scale", "activation_scale")
 
-
-class FP8Linear(nn.Module):
+class FP8Linear(FrozenTensors):
     """A linear layer over a frozen FP8 weight, ``y = x @ (weight * weight_scale).T + bias``.
 
     ``.to(dtype)``, ``.half()`` and the like move the weight and the scales but never change their
@@ -49,6 +48,7 @@ class FP8Linear(nn.Module):
         InvalidInputError: arguments that do not fit.
     """
 
+    frozen = ("weight", "weight_scale", "activation_scale")
     weight: nn.Parameter
     weight_scale: nn.Parameter
     bias: nn.Parameter | None
@@ -210,20 +210,6 @@ class FP8Linear(nn.Module):
             f"bias={self.bias is not None}, recipe={self.recipe}, "
             f"dtype={str(self.weight.dtype).removeprefix('torch.')}{static}{forced}"
         )
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FP8Linear:
-        """Let ``.to`` and its kin move the FP8 tensors, but not cast them: the codes and scales
-        belong together, and a weight cast to bf16 would be its codes, not its values."""
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            frozen = any(tensor is getattr(self, name) for name in _FROZEN)
-            if not frozen or moved.dtype == tensor.dtype:
-                return moved
-            return tensor.detach().to(moved.device)
-
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        return self
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from fp8dispatch.moe.matmul import fp8_experts_batched, fp8_experts_grouped
 from fp8dispatch.moe.routing import sort_by_expert
 from fp8dispatch.moe.validate import check_index
 from fp8dispatch.oplibrary import without_autocast
-from fp8dispatch.recipe import ceil_div
+from fp8dispatch.quantization.weight import block_of
+from fp8dispatch.recipe import Recipe, infer_recipe, parse_block_size
 
 GROUPED_FROM = 4
 """Rows per expert, on average, from which the grouped way is taken. Not measured yet."""
@@ -71,7 +72,7 @@ def has_halves(
     block_size: Sequence[int] | None,
     stated: bool | None = None,
 ) -> bool:
-    """Whether the two halves of a fused gate_up weight [E, 2 I, K] have a scale grid each.
+    """Whether gate and up of a fused weight [E, 2 I, K] were quantised apart, each by its grid.
 
     Checkpoints that hold gate and up apart are fused by placing the grids of their scales side by
     side. Where I is no multiple of the block's rows, that is another partition than the grid of
@@ -83,24 +84,34 @@ def has_halves(
     Raises:
         AmbiguousRecipeError: both readings fit, with different numbers, and nothing is stated.
     """
-    if scale.dim() != 3 or weight.shape[1] % 2:
+    rows, columns = weight.shape[1:]
+    if scale.dim() != 3 or rows % 2 or scale.shape[1] % 2:
         return False
-    half = weight.shape[1] // 2
-    rows = block_size[0] if block_size is not None else 2 * half if scale.shape[1] <= 2 else 128
-    if scale.shape[1] == 2 * half:  # one scale for each row: the same either way
-        return False
-    apart, whole = 2 * ceil_div(half, rows), ceil_div(2 * half, rows)
-    if half % rows == 0 or scale.shape[1] != apart:
-        return False
-    if scale.shape[1] != whole:
-        return True
+    half, block = rows // 2, parse_block_size(block_size)
+    whole = _fits(rows, columns, tuple(scale.shape[1:]), block)
+    apart = _fits(half, columns, (scale.shape[1] // 2, scale.shape[2]), block)
+    if whole is None or apart is None:
+        return whole is None and apart is not None
+    height, _ = block_of(whole, rows, columns)
+    half_height, _ = block_of(apart, half, columns)
+    if height == half_height and half % height == 0:
+        return False  # the same partition
     if stated is None:
         raise AmbiguousRecipeError(
-            f"a gate_up scale {list(scale.shape)} over a weight {list(weight.shape)} in blocks of "
-            f"{rows} rows fits the fused weight and also gate and up by themselves, with other "
-            f"numbers; state split_scales=True where gate and up were quantised apart, else False"
+            f"a gate_up scale {list(scale.shape)} over a weight {list(weight.shape)} fits the "
+            f"fused weight ({whole}) and also gate and up by themselves ({apart}), with other "
+            f"numbers; state split_scales=True where the two were quantised apart, else False"
         )
     return stated
+
+
+def _fits(
+    rows: int, columns: int, scale_shape: tuple[int, ...], block: tuple[int, int] | None
+) -> Recipe | None:
+    try:
+        return infer_recipe((rows, columns), scale_shape, block)
+    except ShapeError:
+        return None
 
 
 def experts_forward(
@@ -138,7 +149,7 @@ def experts_forward(
     tokens = x.numel() // x.shape[-1]
     top_k = _check_routing(expert_ids, expert_weights, tokens, up[0].weight)
     experts = up[0].weight.shape[0]
-    ids = expert_ids.reshape(-1)
+    ids = expert_ids.reshape(-1).long()  # in 8 bits it could not be compared with E
     weights = expert_weights.reshape(tokens, top_k)
     if route not in (None, BATCHED, GROUPED):
         raise InvalidInputError(f"route must be 'batched', 'grouped' or None, found {route!r}")
@@ -146,11 +157,11 @@ def experts_forward(
     dtype = autocast_dtype(x) or x.dtype
     run = _batched if chosen == BATCHED else _grouped
     with without_autocast(x):
-        out = run(x.reshape(tokens, -1), ids, top_k, up, activation, down, dtype, backend)
+        out = run(x.reshape(tokens, x.shape[-1]), ids, top_k, up, activation, down, dtype, backend)
         known = ((ids >= 0) & (ids < experts)).view(tokens, top_k)
         # A weight that belongs to no expert may be anything, NaN included.
         shares = torch.where(known, weights.float(), 0.0)
-        summed = (out.view(tokens, top_k, -1) * shares.unsqueeze(-1)).sum(1)
+        summed = (out.view(tokens, top_k, out.shape[-1]) * shares.unsqueeze(-1)).sum(1)
     return summed.to(dtype).view(*x.shape[:-1], summed.shape[-1])
 
 
