@@ -120,7 +120,7 @@ def expert_scale_fp32(
 
 
 def expert_activation_scale_fp32(scale: torch.Tensor, experts: int) -> torch.Tensor:
-    """Checked static activation scales, one fp32 element for each expert [E]."""
+    """Checked static activation scales, one fp32 element for each expert [E], maybe repeated."""
     checked = _checked(scale, "activation", "activation_scale", (scale.numel(),), positive=True)
     return checked.expand(experts)
 

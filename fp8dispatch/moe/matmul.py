@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from fp8dispatch.backends.contract import Weight
-from fp8dispatch.backends.eager import BACKEND as EAGER
-from fp8dispatch.checks import check_activations, check_device, check_out_dtype
-from fp8dispatch.formats import activation_float8, dtype_name
-from fp8dispatch.moe.routing import Routing, check_values, clamp_ends, sort_by_expert
-from fp8dispatch.moe.validate import (
-    ExpertOperands,
-    check_expert_activation_scale,
-    check_expert_bias,
-    check_expert_operands,
-    check_flag,
-    check_index,
-    check_rows,
-)
-from fp8dispatch.prepare import expert_activation_scale_fp32, expert_scale_fp32
-from fp8dispatch.problem import LinearProblem
-from fp8dispatch.quantization.activation import QuantizedActivation, quantize_activation
+from fp8dispatch import policy, registry
+from fp8dispatch.checks import check_out_dtype, check_transforms, is_traced
+from fp8dispatch.decide import decide
+from fp8dispatch.execute import autocast_dtype
+from fp8dispatch.moe import autograd, ops
+from fp8dispatch.moe.execute import ExpertsCall, describe_call, route_of
+from fp8dispatch.moe.routing import Routing, check_values
+from fp8dispatch.moe.validate import check_call, check_flag
+from fp8dispatch.router import Decision
 
 
 def fp8_experts_batched(
@@ -35,6 +28,7 @@ def fp8_experts_batched(
     block_size: Sequence[int] | None = None,
     activation_scale: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    gather: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Each row times the FP8 weight of its expert: ``x[t] @ dequantised(weight[ids[t]]).T``.
@@ -43,28 +37,35 @@ def fp8_experts_batched(
     device.
 
     Args:
-        x: [T, K] bfloat16, float16 or float32, T = 0 included, any strides.
+        x: [S, K], or [T, K] with `gather`; bfloat16, float16 or float32, any strides.
         weight: [E, N, K] FP8, any strides.
         weight_scale: multipliers, ``value = data * scale``: [E] (per tensor), [E, N] (per row),
             [E, ceil(N / bn), ceil(K / bk)] (blocks) or [E, N, ceil(K / g)] (groups).
-        expert_ids: [T] of any integer dtype and stride. An id below 0 or from E on (a row of
+        expert_ids: [S] of any integer dtype and stride. An id below 0 or from E on (a row of
             another rank, or padding) gives a row of zeros.
         bias: [E, N], added once.
         block_size: (bn, bk) of a block scale; states what else is inferred as in `fp8_linear`.
         activation_scale: one positive element, or one for each expert: static activations.
-        out_dtype: bfloat16, float16 or float32; default is the dtype of x.
-        backend: run this backend or raise; None takes the first that fits.
+        out_dtype: bfloat16, float16 or float32; default is autocast's dtype under autocast, else
+            the dtype of x.
+        gather: [S] integers, row of x of each row: a token that several experts use need not be
+            repeated. Out of range gives a row of zeros.
+        backend: run this backend or raise; None takes the first that fits (`explain_experts`).
 
     Returns:
-        [T, N] in `out_dtype`.
+        [S, N] in `out_dtype`; S = 0 is fine. Gradients reach `x` (through the dequantised weights,
+        summed over the uses of a row) and `bias`; the weight and the scales are frozen.
 
     Raises:
-        InvalidInputError: arguments that do not fit.
+        InvalidInputError: arguments that do not fit (ShapeError, AmbiguousRecipeError, DTypeError,
+            DeviceError, ScaleValueError).
+        UnknownBackendError, ConfigurationError: a backend name or variable that cannot be read.
+        BackendUnavailableError: every allowed backend refused; the message holds each reason.
+        FrozenWeightError: in backward, when the weight or a scale requires grad.
+        UnsupportedTransformError: under torch.func.vmap or forward-mode differentiation.
     """
-    operands = _check(x, weight, weight_scale, bias, block_size, activation_scale, out_dtype)
-    check_index("expert_ids", expert_ids, x.shape[0], "row of x", weight)
-    routing = sort_by_expert(expert_ids, weight.shape[0])
-    return _run(x, operands, bias, activation_scale, out_dtype, routing)
+    tensors = (x, weight, weight_scale, expert_ids, bias, activation_scale, gather, None)
+    return _run(tensors, block_size, out_dtype, backend, batched=True, debug=False)
 
 
 def fp8_experts_grouped(
@@ -101,83 +102,99 @@ def fp8_experts_grouped(
         debug: read the values, which waits for the device, and raise on those that are clamped.
 
     Returns:
-        [S, N] in `out_dtype`.
+        [S, N] in `out_dtype`. Gradients as in `fp8_experts_batched`.
 
     Raises:
-        InvalidInputError: arguments that do not fit; with `debug` also values.
+        The errors of `fp8_experts_batched`; InvalidInputError with `debug` also for values.
     """
-    operands = _check(x, weight, weight_scale, bias, block_size, activation_scale, out_dtype)
     check_flag("debug", debug)
-    check_index("offsets", offsets, weight.shape[0], "expert", weight)
-    rows = x.shape[0]
-    if gather is not None:
-        check_index("gather", gather, None, "sorted row", weight)
-        rows = gather.shape[0]
-    if scatter is not None:
-        check_index("scatter", scatter, rows, "sorted row", weight)
-    if debug:
-        check_values(offsets, rows, gather, scatter, x.shape[0])
-    routing = Routing(clamp_ends(offsets, rows), rows, gather, scatter, complete=scatter is None)
-    return _run(x, operands, bias, activation_scale, out_dtype, routing)
+    tensors = (x, weight, weight_scale, offsets, bias, activation_scale, gather, scatter)
+    return _run(tensors, block_size, out_dtype, backend, batched=False, debug=debug)
 
 
-def _check(
+def explain_experts(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    block_size: object,
-    activation_scale: torch.Tensor | None,
-    out_dtype: object,
-) -> ExpertOperands:
-    check_activations("x", x)
-    check_rows("x", x)
-    operands = check_expert_operands(weight, weight_scale, x.shape[-1], block_size)
-    check_device("x", x, weight)
-    check_expert_activation_scale(activation_scale, weight)
-    check_expert_bias(bias, weight)
+    bias: torch.Tensor | None = None,
+    *,
+    batched: bool,
+    rows: int | None = None,
+    block_size: Sequence[int] | None = None,
+    activation_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    gathers: bool = False,
+    scatters: bool = False,
+    backend: str | None = None,
+) -> Decision:
+    """Which backend an expert matmul would run, and why not the others.
+
+    Nothing of the call is computed; a backend that is about to be chosen and was never tested here
+    runs its canary first.
+
+    Args:
+        x, weight, weight_scale, bias, block_size, activation_scale, out_dtype, backend: as in
+            `fp8_experts_batched`.
+        batched: explain `fp8_experts_batched`, else `fp8_experts_grouped`.
+        rows: rows of the output, default those of x.
+        gathers, scatters: the call has `gather`, `scatter`.
+
+    Raises:
+        The errors of the calls.
+    """
+    check_flag("batched", batched)
+    count = x.shape[0] if rows is None else rows
+
+    def index(length: int) -> torch.Tensor:
+        return torch.empty(length, dtype=torch.int32, device=weight.device)
+
+    tensors = (
+        x, weight, weight_scale, index(count if batched else weight.shape[0]), bias,
+        activation_scale, index(count) if gathers or rows is not None else None,
+        index(count) if scatters else None,
+    )  # fmt: skip
+    operands = check_call(*tensors, block_size=block_size, batched=batched)
     check_out_dtype(out_dtype)
-    return operands
+    resolved = out_dtype or autocast_dtype(x) or x.dtype
+    allowed = policy.resolve(backend, registry.NAMES)
+    call = ExpertsCall(operands.recipe, resolved, allowed, batched)
+    routing = Routing(
+        weight.shape[0],
+        count,
+        x.shape[0],
+        gather=index(count) if gathers else None,
+        scatter=index(count) if scatters else None,
+    )
+    problem = describe_call(routing, weight, call, bias, activation_scale)
+    return decide(problem, x.device, call.allowed)
 
 
 def _run(
-    x: torch.Tensor,
-    operands: ExpertOperands,
-    bias: torch.Tensor | None,
-    activation_scale: torch.Tensor | None,
+    tensors: tuple[Any, ...],
+    block_size: object,
     out_dtype: torch.dtype | None,
-    routing: Routing,
+    backend: str | None,
+    *,
+    batched: bool,
+    debug: bool,
 ) -> torch.Tensor:
-    weight, recipe = operands.weight, operands.recipe
-    experts, n, k = weight.shape
-    scale = expert_scale_fp32(operands.scale, recipe, experts, n, k)
-    static = None
-    if activation_scale is not None:
-        static = expert_activation_scale_fp32(activation_scale, experts)
-    dtype = activation_float8(weight.dtype)
-    problem = LinearProblem(
-        routing.rows,
-        n,
-        k,
-        recipe,
-        dtype_name(weight.dtype),
-        dtype_name(dtype),
-        dtype_name(out_dtype or x.dtype),
-    )
-    out = x.new_zeros((routing.rows, n), dtype=out_dtype or x.dtype)
-    start = 0
-    for expert, end in enumerate(routing.ends.tolist()):
-        rows, start = torch.arange(start, end, device=x.device), end
-        source = rows if routing.gather is None else routing.gather[rows].long()
-        target = rows if routing.scatter is None else routing.scatter[rows].long()
-        kept = (source >= 0) & (source < x.shape[0]) & (target >= 0) & (target < routing.rows)
-        source, target = source[kept], target[kept]
-        if not source.numel():
-            continue
-        one = None if static is None else static[expert : expert + 1]
-        xq: QuantizedActivation = quantize_activation(
-            x.detach()[source], recipe.group_size(k), dtype, one, use_kernels=False
-        )
-        one_weight = Weight(weight[expert], scale[expert], recipe, operands.scale)
-        out[target] = EAGER.matmul(xq, one_weight, None if bias is None else bias[expert], problem)
-    return out
+    """Check a call, describe it, run it; `tensors` are the `TENSORS` of `moe.autograd`."""
+    x, weight, _, index, _, _, gather, scatter = tensors
+    traced = is_traced(x, weight)
+    if not traced:
+        check_transforms(*tensors)
+    operands = check_call(*tensors, block_size=block_size, batched=batched)
+    check_out_dtype(out_dtype)
+    autocast = autocast_dtype(x)
+    resolved = out_dtype or autocast or x.dtype
+    if traced:
+        return ops.experts(tensors, operands, resolved, backend, batched=batched, debug=debug)
+    if debug and not x.is_meta:
+        check_values(route_of(x.shape[0], weight.shape[0], index, gather, scatter, batched=batched))
+    allowed = policy.resolve(backend, registry.NAMES)
+    call = ExpertsCall(operands.recipe, resolved, allowed, batched)
+    if autocast is None:
+        return autograd.apply(*tensors, call)
+    # Our own casts are all stated; autocast inside would change fp32 sums to 16 bits.
+    with torch.autocast(x.device.type, enabled=False):
+        return autograd.apply(*tensors, call)

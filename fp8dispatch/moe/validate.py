@@ -10,12 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
-from fp8dispatch.checks import check_dense, check_device, check_dtype
+from fp8dispatch.checks import check_activations, check_dense, check_device, check_dtype
 from fp8dispatch.errors import DTypeError, ShapeError
 from fp8dispatch.formats import ACTIVATION_DTYPES, FLOAT8_DTYPES, SCALE_DTYPES
 from fp8dispatch.recipe import BLOCK_128, Recipe, ceil_div, infer_recipe, stated_block_size
 
 INDEX_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+MOST_ROWS = 2**31 - 2**20
+"""Rows that kernels number in 32 bits, with room for the padding of tiles."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,51 @@ class ExpertOperands:
     weight: torch.Tensor
     scale: torch.Tensor
     recipe: Recipe
+
+
+def check_call(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    index: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation_scale: torch.Tensor | None,
+    gather: torch.Tensor | None,
+    scatter: torch.Tensor | None,
+    *,
+    block_size: object,
+    batched: bool,
+) -> ExpertOperands:
+    """Check the tensors of an expert matmul against each other.
+
+    Args:
+        index: the expert ids of a batched call, the offsets of a grouped one.
+
+    Raises:
+        DTypeError, ShapeError, AmbiguousRecipeError, DeviceError: what is wrong, in a sentence.
+    """
+    check_activations("x", x)
+    check_rows("x", x)
+    operands = check_expert_operands(weight, weight_scale, x.shape[-1], block_size)
+    check_device("x", x, weight)
+    check_expert_activation_scale(activation_scale, weight)
+    check_expert_bias(bias, weight)
+    rows = x.shape[0]
+    if gather is not None:
+        check_index("gather", gather, None, "row of the output", weight)
+        rows = gather.shape[0]
+    if rows > MOST_ROWS:
+        raise ShapeError(
+            f"an expert matmul takes at most {MOST_ROWS} rows (32-bit row numbers), found {rows}; "
+            f"split the rows"
+        )
+    if batched:
+        check_index("expert_ids", index, rows, "row of the output", weight)
+    else:
+        check_index("offsets", index, weight.shape[0], "expert", weight)
+    if scatter is not None:
+        check_index("scatter", scatter, rows, "sorted row", weight)
+    return operands
 
 
 def check_expert_operands(
