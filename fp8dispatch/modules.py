@@ -1,11 +1,11 @@
-"""`FP8Linear`, the module, and `convert_model`, which puts it in place of ``torch.nn.Linear``."""
+"""`FP8Linear`, the module, and `convert_model`, which puts FP8 layers in place of others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,12 +16,16 @@ from fp8dispatch.errors import DTypeError, InvalidInputError, NumericalOverflowE
 from fp8dispatch.formats import ACTIVATION_DTYPES, FLOAT8_DTYPES, SCALE_DTYPES
 from fp8dispatch.frozen import FrozenTensors
 from fp8dispatch.linear import explain, fp8_linear
+from fp8dispatch.moe.convert import convert_experts, is_experts, why_left_alone
+from fp8dispatch.moe.experts import FP8Experts
 from fp8dispatch.policy import check_backend
 from fp8dispatch.prepare import activation_scale_fp32
 from fp8dispatch.quantization.weight import quantize
 from fp8dispatch.recipe import BLOCK_128, Recipe
 from fp8dispatch.router import Decision
 from fp8dispatch.validate import check_operands
+
+T = TypeVar("T")
 
 
 class FP8Linear(FrozenTensors):
@@ -218,8 +222,8 @@ class ConversionReport:
 
     Attributes:
         converted: names of the layers that are FP8 now.
-        skipped: (name, reason) of the linear layers that were left alone.
-        unmatched: entries of `skip` that no linear layer answered to.
+        skipped: (name, reason) of the linear layers and experts that were left alone.
+        unmatched: entries of `skip` that none of these answered to.
         bytes_before, bytes_after: memory of the converted weights, scales included afterwards.
     """
 
@@ -240,11 +244,13 @@ def convert_model(
     scale_dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> ConversionReport:
-    """Replace every ``nn.Linear`` of a model by an `FP8Linear`, in place.
+    """Replace every ``nn.Linear`` of a model by an `FP8Linear`, in place, and fused experts too.
 
-    Subclasses of ``nn.Linear`` are left alone: their owners read their weights directly
-    (``nn.MultiheadAttention`` does), or they compute something else. So are layers with hooks.
-    A weight that two layers share is quantised once and stays shared.
+    Experts as Transformers holds them become `FP8Experts`. They are left alone where that would
+    compute something else (a norm behind each expert, a gate that is no `ExpertActivation`); the
+    report says why. So are subclasses of ``nn.Linear``: their owners read their weights directly
+    (``nn.MultiheadAttention`` does), or they compute something else. So are layers with hooks. A
+    weight that two layers share is quantised once and stays shared.
 
     Args:
         model: any module; a bare ``nn.Linear`` cannot be replaced in place and is refused.
@@ -263,22 +269,25 @@ def convert_model(
             Layers are replaced only after all of them could be quantised.
     """
     chosen = Recipe.parse(recipe, block_size)
-    if not isinstance(model, nn.Module) or isinstance(model, nn.Linear):
+    if not isinstance(model, nn.Module) or isinstance(model, nn.Linear) or is_experts(model):
         raise InvalidInputError(
             f"convert_model needs a module that holds linear layers, found "
-            f"{type(model).__name__}; use FP8Linear.from_linear for a single layer"
+            f"{type(model).__name__}; use FP8Linear.from_linear for a single layer, "
+            f"FP8Experts.from_weights for one layer's experts"
         )
     check_choice("dtype", dtype, FLOAT8_DTYPES)
     check_choice("scale_dtype", scale_dtype, SCALE_DTYPES)
     check_backend(backend, registry.NAMES)
     patterns = _names(skip)
     unmatched = set(patterns)
-    replacements: dict[str, FP8Linear] = {}
+    options = {"dtype": dtype, "scale_dtype": scale_dtype, "backend": backend}
+    replacements: dict[str, FP8Linear | FP8Experts] = {}
     skipped: list[tuple[str, str]] = []
-    made: dict[nn.Linear, FP8Linear] = {}  # one layer under two names stays one layer
+    # One layer under two names stays one layer,
+    made: dict[nn.Module, FP8Linear | FP8Experts] = {}
     quantized: dict[torch.Tensor, FP8Linear] = {}  # and a weight shared by two layers is shared
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) and not is_experts(module):
             continue
         matched = [pattern for pattern in patterns if _matches(name, pattern)]
         unmatched.difference_update(matched)
@@ -286,18 +295,20 @@ def convert_model(
         if reason is not None:
             skipped.append((name, reason))
             continue
-        if module not in made:
-            made[module] = _convert_layer(
-                name,
-                module,
-                quantized.get(module.weight),
-                chosen,
-                dtype=dtype,
-                scale_dtype=scale_dtype,
-                backend=backend,
-            )
-            quantized.setdefault(module.weight, made[module])
+        if module not in made and isinstance(module, nn.Linear):
+            twin = quantized.get(module.weight)
+            linear = _named(name, _convert_layer, module, twin, chosen, **options)
+            quantized.setdefault(module.weight, linear)
+            made[module] = linear
+        elif module not in made:
+            made[module] = _named(name, convert_experts, module, chosen, **options)
+        made[module].train(module.training)
         replacements[name] = made[module]
+    experts = [(old, new) for old, new in made.items() if isinstance(new, FP8Experts)]
+    before = sum(weight.nbytes for weight in quantized)
+    before += sum(old.get_parameter(one).nbytes for old, new in experts for one in new.projections)
+    after = sum(new.weight.nbytes + new.weight_scale.nbytes for new in quantized.values())
+    after += sum(new.get_parameter(one).nbytes for _, new in experts for one in new.frozen)
     for name, layer in replacements.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
@@ -305,12 +316,14 @@ def convert_model(
         tuple(replacements),
         tuple(skipped),
         tuple(pattern for pattern in patterns if pattern in unmatched),
-        sum(weight.nbytes for weight in quantized),
-        sum(new.weight.nbytes + new.weight_scale.nbytes for new in quantized.values()),
+        before,
+        after,
     )
 
 
-def _why_left_alone(layer: nn.Linear) -> str | None:
+def _why_left_alone(layer: nn.Module) -> str | None:
+    if not isinstance(layer, nn.Linear):
+        return why_left_alone(layer)
     if type(layer) is not nn.Linear:
         return f"a subclass of nn.Linear ({type(layer).__name__})"
     if layer.weight.numel() == 0:
@@ -320,21 +333,23 @@ def _why_left_alone(layer: nn.Linear) -> str | None:
     return None
 
 
-def _convert_layer(
-    name: str, layer: nn.Linear, twin: FP8Linear | None, recipe: Recipe, **options: Any
-) -> FP8Linear:
-    """The FP8 form of a layer; `twin` is that of a layer over the same weight."""
+def _named(name: str, convert: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """``convert(...)``, whose errors then say which layer they are about."""
     try:
-        if twin is None:
-            converted = FP8Linear.from_linear(layer, recipe, **options)
-        else:
-            converted = FP8Linear._assemble(
-                twin.weight, twin.weight_scale, layer.bias, None, recipe, twin.backend
-            )
+        return convert(*arguments, **options)
     except (InvalidInputError, NumericalOverflowError) as error:
         raise type(error)(f"layer {name!r}: {error}") from error
-    converted.train(layer.training)
-    return converted
+
+
+def _convert_layer(
+    layer: nn.Linear, twin: FP8Linear | None, recipe: Recipe, **options: Any
+) -> FP8Linear:
+    """The FP8 form of a layer; `twin` is that of a layer over the same weight."""
+    if twin is None:
+        return FP8Linear.from_linear(layer, recipe, **options)
+    return FP8Linear._assemble(
+        twin.weight, twin.weight_scale, layer.bias, None, recipe, twin.backend
+    )
 
 
 def _names(skip: object) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from fp8dispatch.errors import InvalidInputError, ShapeError
 from fp8dispatch.formats import ACTIVATION_DTYPES, FLOAT8_DTYPES, SCALE_DTYPES
 from fp8dispatch.frozen import FrozenTensors
 from fp8dispatch.moe.activations import ExpertActivation, parse_activation
-from fp8dispatch.moe.forward import Projection, experts_forward, has_halves
+from fp8dispatch.moe.forward import Projection, experts_forward, explain_forward, has_halves
 from fp8dispatch.moe.quantize import quantize_experts
 from fp8dispatch.moe.validate import (
     check_expert_activation_scale,
@@ -23,6 +23,7 @@ from fp8dispatch.moe.validate import (
 from fp8dispatch.policy import check_backend
 from fp8dispatch.prepare import expert_activation_scale_fp32
 from fp8dispatch.recipe import BLOCK_128, Recipe
+from fp8dispatch.router import Decision
 
 SCALE, BIAS, STATIC = "_scale_inv", "_bias", "_activation_scale"
 DOWN = "down_proj"
@@ -66,6 +67,9 @@ class FP8Experts(FrozenTensors):
     Raises:
         InvalidInputError: arguments that do not fit.
     """
+
+    down_proj: nn.Parameter
+    down_proj_scale_inv: nn.Parameter
 
     def __init__(
         self,
@@ -274,16 +278,34 @@ class FP8Experts(FrozenTensors):
         Raises:
             InvalidInputError: arguments that do not fit.
         """
-        up = [self._projection(name) for name in self.projections[:-1]]
         return experts_forward(
             hidden_states,
             top_k_index,
             top_k_weights,
-            up[0].halves() if self.split_scales else up,
+            self._into(),
             self.activation,
             self._projection(DOWN),
             backend=self.backend,
         )
+
+    def explain(self, hidden_states: torch.Tensor, top_k: int | None = None) -> dict[str, Decision]:
+        """Which backend `forward` would run for each projection, and why not the others.
+
+        Args:
+            hidden_states: [..., H], whose values are not read.
+            top_k: experts of each token, default that of the module.
+        """
+        top_k = self.top_k if top_k is None else top_k
+        decisions = explain_forward(
+            hidden_states, top_k, self._into(), self._projection(DOWN), backend=self.backend
+        )
+        if self.split_scales:  # both halves of the first projection are the same problem
+            decisions = decisions[1:]
+        return dict(zip(self.projections, decisions, strict=True))
+
+    def _into(self) -> Sequence[Projection]:
+        up = [self._projection(name) for name in self.projections[:-1]]
+        return up[0].halves() if self.split_scales else up
 
     def extra_repr(self) -> str:
         """Sizes, layout and dtypes, as ``print(model)`` shows them."""

@@ -15,16 +15,23 @@ from dataclasses import dataclass
 
 import torch
 
-from fp8dispatch.checks import check_activations, check_dense, check_device, check_dtype
+from fp8dispatch.checks import (
+    check_activations,
+    check_dense,
+    check_device,
+    check_dtype,
+    check_size,
+)
 from fp8dispatch.errors import AmbiguousRecipeError, InvalidInputError, ShapeError
 from fp8dispatch.execute import autocast_dtype
 from fp8dispatch.formats import ACTIVATION_DTYPES
-from fp8dispatch.moe.matmul import fp8_experts_batched, fp8_experts_grouped
+from fp8dispatch.moe.matmul import explain_experts, fp8_experts_batched, fp8_experts_grouped
 from fp8dispatch.moe.routing import sort_by_expert
 from fp8dispatch.moe.validate import check_index
 from fp8dispatch.oplibrary import without_autocast
 from fp8dispatch.quantization.weight import block_of
 from fp8dispatch.recipe import Recipe, infer_recipe, parse_block_size
+from fp8dispatch.router import Decision
 
 GROUPED_FROM = 4
 """Rows per expert, on average, from which the grouped way is taken. Not measured yet."""
@@ -165,6 +172,53 @@ def experts_forward(
     return summed.to(dtype).view(*x.shape[:-1], summed.shape[-1])
 
 
+def explain_forward(
+    x: torch.Tensor,
+    top_k: int,
+    up: Sequence[Projection],
+    down: Projection,
+    *,
+    backend: str | None = None,
+) -> tuple[Decision, ...]:
+    """Which backend each matmul of `experts_forward` would run, and why not the others.
+
+    Args:
+        x: [..., H], whose values are not read.
+        top_k: experts of each token.
+
+    Returns:
+        One decision for each projection of `up`, and one for `down`.
+
+    Raises:
+        InvalidInputError, BackendUnavailableError: as the forward pass.
+    """
+    check_activations("x", x)
+    check_size("top_k", top_k)
+    tokens, dtype = x.numel() // x.shape[-1], autocast_dtype(x) or x.dtype
+    uses = tokens * top_k
+    batched = way(uses, down.weight.shape[0]) == BATCHED
+    inner = torch.empty((uses, down.weight.shape[-1]), dtype=dtype, device=x.device)
+
+    def explain(rows: torch.Tensor, by: Projection, **places: bool) -> Decision:
+        return explain_experts(
+            rows,
+            by.weight,
+            by.scale,
+            by.bias,
+            batched=batched,
+            rows=uses,
+            block_size=by.block_size,
+            activation_scale=by.activation_scale,
+            out_dtype=dtype,
+            backend=backend,
+            **places,
+        )
+
+    flat = x.reshape(tokens, x.shape[-1])
+    into = tuple(explain(flat, one, gathers=True) for one in up)
+    return (*into, explain(inner, down, scatters=not batched))
+
+
 def _batched(
     x: torch.Tensor,
     ids: torch.Tensor,
@@ -177,7 +231,9 @@ def _batched(
 ) -> torch.Tensor:
     """Rows in the order of the tokens: [T k, H]."""
 
-    def project(rows: torch.Tensor, by: Projection) -> torch.Tensor:
+    def project(
+        rows: torch.Tensor, by: Projection, gather: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return fp8_experts_batched(
             rows,
             by.weight,
@@ -187,12 +243,12 @@ def _batched(
             block_size=by.block_size,
             activation_scale=by.activation_scale,
             out_dtype=dtype,
+            gather=gather,
             backend=backend,
         )
 
-    tokens, hidden = x.shape
-    repeated = x.unsqueeze(1).expand(tokens, top_k, hidden).reshape(tokens * top_k, hidden)
-    return project(activation(*[project(repeated, one) for one in up]), down)
+    token = torch.arange(ids.shape[0], device=ids.device) // max(top_k, 1)
+    return project(activation(*[project(x, one, gather=token) for one in up]), down)
 
 
 def _grouped(
