@@ -56,7 +56,8 @@ def grad_input(
     operand, code = kernel_operand(b)
     share = ceil_div(rows, experts)
     block_m = 16 if share <= 16 else 32 if share <= 32 else 64
-    block_k = max(16, min(64, next_power_of_2(k)))
+    wide = grad.itemsize == 4  # float32: no tensor core, and twice the registers
+    block_k = max(16, min(32 if wide else 64, next_power_of_2(k)))
     bounds = torch.empty((2, experts + 1), dtype=torch.int32, device=grad.device)
     schedule(forward.ends, rows, block_m, bounds[0], bounds[1])
     gather, scatter = forward.gather, forward.scatter
@@ -89,12 +90,12 @@ def grad_input(
             FORMAT=code,
             SCATTERED=scattered,
             BLOCK_M=block_m,
-            BLOCK_N=64,
+            BLOCK_N=32 if wide else 64,
             BLOCK_K=block_k,
             GROUP_M=_GROUP_M,
             num_warps=4,
             enable_fp_fusion=FP_FUSION,
-            num_stages=3,
+            num_stages=2 if wide else 3,
         )
 
 
