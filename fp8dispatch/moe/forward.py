@@ -25,6 +25,7 @@ from fp8dispatch.checks import (
 from fp8dispatch.errors import AmbiguousRecipeError, InvalidInputError, ShapeError
 from fp8dispatch.execute import autocast_dtype
 from fp8dispatch.formats import ACTIVATION_DTYPES
+from fp8dispatch.moe.combine import combine
 from fp8dispatch.moe.matmul import explain_experts, fp8_experts_batched, fp8_experts_grouped
 from fp8dispatch.moe.routing import sort_by_expert
 from fp8dispatch.moe.validate import check_index
@@ -156,7 +157,7 @@ def experts_forward(
     tokens = x.numel() // x.shape[-1]
     top_k = _check_routing(expert_ids, expert_weights, tokens, up[0].weight)
     experts = up[0].weight.shape[0]
-    ids = expert_ids.reshape(-1).long()  # in 8 bits it could not be compared with E
+    ids = expert_ids.reshape(-1)
     weights = expert_weights.reshape(tokens, top_k)
     if route not in (None, BATCHED, GROUPED):
         raise InvalidInputError(f"route must be 'batched', 'grouped' or None, found {route!r}")
@@ -165,11 +166,8 @@ def experts_forward(
     run = _batched if chosen == BATCHED else _grouped
     with without_autocast(x):
         out = run(x.reshape(tokens, x.shape[-1]), ids, top_k, up, activation, down, dtype, backend)
-        known = ((ids >= 0) & (ids < experts)).view(tokens, top_k)
-        # A weight that belongs to no expert may be anything, NaN included.
-        shares = torch.where(known, weights.float(), 0.0)
-        summed = (out.view(tokens, top_k, out.shape[-1]) * shares.unsqueeze(-1)).sum(1)
-    return summed.to(dtype).view(*x.shape[:-1], summed.shape[-1])
+        out = combine(out, ids, weights, experts, dtype)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def explain_forward(
