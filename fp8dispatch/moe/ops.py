@@ -6,8 +6,9 @@
 | ``experts_grad_input``               | the gradient of x                                    |
 | ``experts_grad_bias``                | the gradient of the bias                             |
 
-They follow the rules of `fp8dispatch.ops`: arguments are checked as in an eager call, and values
-are read and backends chosen when an operator runs, on real sizes.
+They follow the rules of `fp8dispatch.ops`, whose ``frozen_gradient`` they share: arguments are
+checked as in an eager call, and values are read and backends chosen when an operator runs, on real
+sizes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch.library import register_autograd
 
+from fp8dispatch import ops as linear_ops
 from fp8dispatch import policy, registry
 from fp8dispatch.checks import check_activations, check_choice
 from fp8dispatch.errors import UnsupportedTransformError
@@ -60,16 +62,12 @@ def experts(
     return out
 
 
-def _stated(block_n: int, block_k: int) -> tuple[int, int] | None:
-    return (block_n, block_k) if (block_n, block_k) != (0, 0) else None
-
-
 def _check(*arguments: Any) -> ExpertOperands:
     tensors = arguments[: len(TENSORS)]
     batched, block_n, block_k, out_dtype, backend, _ = arguments[len(TENSORS) :]
     check_choice("out_dtype", out_dtype, ACTIVATION_DTYPES)
     policy.check_backend(backend or None, registry.NAMES)
-    return check_call(*tensors, block_size=_stated(block_n, block_k), batched=batched)
+    return check_call(*tensors, block_size=linear_ops.stated(block_n, block_k), batched=batched)
 
 
 def _experts(*arguments: Any) -> torch.Tensor:
@@ -143,7 +141,7 @@ def _check_grad(
 ) -> Recipe:
     check_activations("grad", grad)
     check_choice("dtype", dtype, ACTIVATION_DTYPES)
-    block = _stated(block_n, block_k)
+    block = linear_ops.stated(block_n, block_k)
     return check_expert_operands(weight, weight_scale, weight.shape[-1], block).recipe
 
 
