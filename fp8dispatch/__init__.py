@@ -36,7 +36,12 @@ if TYPE_CHECKING:
         UnsupportedTransformError,
     )
     from fp8dispatch.explanation import explain
-    from fp8dispatch.integrations.finegrained_fp8 import fp8_act_quant, w8a8_block_fp8_matmul
+    from fp8dispatch.integrations.finegrained_fp8 import (
+        fp8_act_quant,
+        w8a8_block_fp8_matmul,
+        w8a8_block_fp8_matmul_batched,
+        w8a8_block_fp8_matmul_grouped,
+    )
     from fp8dispatch.integrations.unsloth import (
         FbgemmFp8Linear_matmul,
         FP8BlockQuantLinear,
@@ -48,6 +53,10 @@ if TYPE_CHECKING:
     )
     from fp8dispatch.linear import fp8_linear, fp8_linear_quantized
     from fp8dispatch.modules import ConversionReport, FP8Linear, convert_model
+    from fp8dispatch.moe.activations import ExpertActivation
+    from fp8dispatch.moe.experts import FP8Experts
+    from fp8dispatch.moe.matmul import fp8_experts_batched, fp8_experts_grouped
+    from fp8dispatch.moe.quantize import dequantize_experts, quantize_experts
     from fp8dispatch.offset8 import FP8Format
     from fp8dispatch.overrides import set_backend, use_backend
     from fp8dispatch.pack.convert import convert
@@ -95,7 +104,12 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "UnsupportedTransformError",
     ),
     "explanation": ("explain",),
-    "integrations.finegrained_fp8": ("fp8_act_quant", "w8a8_block_fp8_matmul"),
+    "integrations.finegrained_fp8": (
+        "fp8_act_quant",
+        "w8a8_block_fp8_matmul",
+        "w8a8_block_fp8_matmul_batched",
+        "w8a8_block_fp8_matmul_grouped",
+    ),
     "integrations.unsloth": (
         "FP8BlockQuantLinear",
         "FbgemmFp8Linear_matmul",
@@ -107,6 +121,10 @@ _HOMES: dict[str, tuple[str, ...]] = {
     ),
     "linear": ("fp8_linear", "fp8_linear_quantized"),
     "modules": ("ConversionReport", "FP8Linear", "convert_model"),
+    "moe.activations": ("ExpertActivation",),
+    "moe.experts": ("FP8Experts",),
+    "moe.matmul": ("fp8_experts_batched", "fp8_experts_grouped"),
+    "moe.quantize": ("dequantize_experts", "quantize_experts"),
     "offset8": ("FP8Format",),
     "overrides": ("set_backend", "use_backend"),
     "pack.convert": ("convert",),
@@ -145,8 +163,10 @@ __all__ = [
     "Decision",
     "DelayedScaling",
     "DeviceError",
+    "ExpertActivation",
     "FP8BlockQuantLinear",
     "FP8DispatchError",
+    "FP8Experts",
     "FP8Format",
     "FP8Linear",
     "FbgemmFp8Linear_matmul",
@@ -173,10 +193,13 @@ __all__ = [
     "convert",
     "convert_model",
     "dequantize",
+    "dequantize_experts",
     "explain",
     "fbgemm_fp8_linear",
     "fp8_act_quant",
     "fp8_block_quant_linear",
+    "fp8_experts_batched",
+    "fp8_experts_grouped",
     "fp8_linear",
     "fp8_linear_quantized",
     "inspect",
@@ -187,6 +210,7 @@ __all__ = [
     "pack_to_fp8_e4m3",
     "plan_checkpoint",
     "quantize",
+    "quantize_experts",
     "reload_environment",
     "set_backend",
     "stats",
@@ -194,6 +218,8 @@ __all__ = [
     "use_backend",
     "verify",
     "w8a8_block_fp8_matmul",
+    "w8a8_block_fp8_matmul_batched",
+    "w8a8_block_fp8_matmul_grouped",
     "w8a8_block_fp8_matmul_triton",
     "warmup",
     "weight_dequant",

@@ -68,8 +68,10 @@ def decide(problem: LinearProblem, device: torch.device, allowed: Policy) -> Dec
         machine,
         allowed,
         order,
-        registry.load,
-        lambda name: standing(name, device, machine, problem.recipe, capturing=capturing),
+        lambda name: registry.find(problem.family + name),
+        lambda name: standing(
+            problem.family + name, device, machine, problem.recipe, capturing=capturing
+        ),
         route,
     )
     counters.cold_decisions += 1
@@ -108,13 +110,20 @@ def standing(
     """What is known of a backend's numbers on a device, finding out where it may.
 
     Where a graph is being captured nothing is found out, and nothing is imported.
+
+    Args:
+        name: as `registry.find` takes it.
     """
     held = trust.quarantined(name, device, recipe)
     if held is not None:
         return Standing("quarantined", held, usable=False)
-    if name == "triton" and machine.triton_interpreter and machine.device_type != "cuda":
+    if (
+        name.removeprefix(registry.EXPERTS) == "triton"
+        and machine.triton_interpreter
+        and machine.device_type != "cuda"
+    ):
         return Standing("not needed", "the kernels run in Triton's interpreter", usable=True)
-    backend = registry.load(name)
+    backend = registry.find(name)
     reasons = () if capturing else backend.loadable(recipe)
     if reasons:
         told = "; ".join(str(reason) for reason in reasons)
@@ -161,7 +170,8 @@ def put_aside(
         return replace(allowed, excluded=(*allowed.excluded, decision.backend))
     if isinstance(error, FP8DispatchError):
         raise error
-    trust.quarantine(decision.backend, device, decision.problem.recipe, reason)
+    name = decision.problem.family + decision.backend
+    trust.quarantine(name, device, decision.problem.recipe, reason)
     forget()
     warnings.warn(
         f"the backend {decision.backend} failed on {decision.problem} and is put aside for "

@@ -12,6 +12,7 @@ from fp8dispatch.checks import check_choice, check_size
 from fp8dispatch.errors import InvalidInputError
 from fp8dispatch.formats import ACTIVATION_DTYPES
 from fp8dispatch.modules import FP8Linear
+from fp8dispatch.moe.experts import FP8Experts
 from fp8dispatch.router import Decision
 
 
@@ -40,7 +41,7 @@ def explain(
     runs its canary first. A decision renders as text with ``str`` and as JSON with ``as_json``.
 
     Args:
-        X: the activations of a call, or a model that holds `FP8Linear` layers.
+        X: the activations of a call, or a model that holds `FP8Linear` or `FP8Experts` layers.
         call: the other arguments of `fp8_linear`, for a call.
         tokens: rows of activations to explain a model for.
         dtype: dtype of the activations to explain a model for.
@@ -48,6 +49,8 @@ def explain(
 
     Returns:
         The decision for the call; for a model, layer name -> decision, in the model's order.
+        Experts have one for each projection, such as ``"layers.0.mlp.experts.down_proj"``, for
+        their `top_k`.
 
     Raises:
         The errors of `fp8_linear`; InvalidInputError also for a model without such a layer, or
@@ -62,16 +65,24 @@ def explain(
         )
     check_size("tokens", tokens)
     check_choice("dtype", dtype, ACTIVATION_DTYPES)
-    decisions = {
-        name: layer.explain(
-            torch.empty((tokens, layer.in_features), dtype=dtype, device=layer.weight.device)
-        )
-        for name, layer in X.named_modules()
-        if isinstance(layer, FP8Linear)
-    }
+    decisions: dict[str, Decision] = {}
+    for name, layer in X.named_modules():
+        if isinstance(layer, FP8Linear):
+            decisions[name] = layer.explain(sample_of(layer, tokens, dtype))
+        elif isinstance(layer, FP8Experts):
+            prefix = f"{name}." if name else ""
+            explained = layer.explain(sample_of(layer, tokens, dtype))
+            decisions |= {f"{prefix}{one}": decision for one, decision in explained.items()}
     if not decisions:
         raise InvalidInputError(
-            f"explain needs FP8Linear layers, found none in {type(X).__name__}; convert the model "
-            f"with fp8dispatch.convert_model"
+            f"explain needs FP8Linear or FP8Experts layers, found none in {type(X).__name__}; "
+            f"convert the model with fp8dispatch.convert_model"
         )
     return decisions
+
+
+def sample_of(layer: FP8Linear | FP8Experts, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """Activations of a layer's shape and device, with no particular values."""
+    if isinstance(layer, FP8Linear):
+        return torch.empty((tokens, layer.in_features), dtype=dtype, device=layer.weight.device)
+    return torch.empty((tokens, layer.hidden_size), dtype=dtype, device=layer.down_proj.device)

@@ -1,10 +1,10 @@
-"""`FP8Linear`, the module, and `convert_model`, which puts it in place of ``torch.nn.Linear``."""
+"""`FP8Linear`, the module, and `convert_model`, which puts FP8 layers in place of others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,7 +13,10 @@ from fp8dispatch import registry
 from fp8dispatch.checks import check_activation_scale, check_bias, check_choice, check_size
 from fp8dispatch.errors import DTypeError, InvalidInputError, NumericalOverflowError
 from fp8dispatch.formats import ACTIVATION_DTYPES, FLOAT8_DTYPES, SCALE_DTYPES
+from fp8dispatch.frozen import FrozenTensors
 from fp8dispatch.linear import explain, fp8_linear
+from fp8dispatch.moe.convert import convert_experts, is_experts, why_left_alone
+from fp8dispatch.moe.experts import FP8Experts
 from fp8dispatch.names import matches
 from fp8dispatch.policy import check_backend
 from fp8dispatch.prepare import activation_scale_fp32
@@ -22,10 +25,10 @@ from fp8dispatch.recipe import BLOCK_128, Recipe
 from fp8dispatch.router import Decision
 from fp8dispatch.validate import check_operands
 
-_FROZEN = ("weight", "weight_scale", "activation_scale")
+T = TypeVar("T")
 
 
-class FP8Linear(nn.Module):
+class FP8Linear(FrozenTensors):
     """A linear layer over a frozen FP8 weight, ``y = x @ (weight * weight_scale).T + bias``.
 
     ``.to(dtype)``, ``.half()`` and the like move the weight and the scales but never change their
@@ -49,6 +52,7 @@ class FP8Linear(nn.Module):
         InvalidInputError: arguments that do not fit.
     """
 
+    frozen = ("weight", "weight_scale", "activation_scale")
     weight: nn.Parameter
     weight_scale: nn.Parameter
     bias: nn.Parameter | None
@@ -211,20 +215,6 @@ class FP8Linear(nn.Module):
             f"dtype={str(self.weight.dtype).removeprefix('torch.')}{static}{forced}"
         )
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FP8Linear:
-        """Let ``.to`` and its kin move the FP8 tensors, but not cast them: the codes and scales
-        belong together, and a weight cast to bf16 would be its codes, not its values."""
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            frozen = any(tensor is getattr(self, name) for name in _FROZEN)
-            if not frozen or moved.dtype == tensor.dtype:
-                return moved
-            return tensor.detach().to(moved.device)
-
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        return self
-
 
 @dataclass(frozen=True)
 class ConversionReport:
@@ -232,8 +222,8 @@ class ConversionReport:
 
     Attributes:
         converted: names of the layers that are FP8 now.
-        skipped: (name, reason) of the linear layers that were left alone.
-        unmatched: entries of `skip` that no linear layer answered to.
+        skipped: (name, reason) of the linear layers and experts that were left alone.
+        unmatched: entries of `skip` that none of these answered to.
         bytes_before, bytes_after: memory of the converted weights, scales included afterwards.
     """
 
@@ -255,11 +245,13 @@ def convert_model(
     activation_scales: Mapping[str, float] | None = None,
     backend: str | None = None,
 ) -> ConversionReport:
-    """Replace every ``nn.Linear`` of a model by an `FP8Linear`, in place.
+    """Replace every ``nn.Linear`` of a model by an `FP8Linear`, in place, and fused experts too.
 
-    Subclasses of ``nn.Linear`` are left alone: their owners read their weights directly
-    (``nn.MultiheadAttention`` does), or they compute something else. So are layers with hooks.
-    A weight that two layers share is quantised once and stays shared.
+    Experts as Transformers holds them become `FP8Experts`. They are left alone where that would
+    compute something else (a norm behind each expert, a gate that is no `ExpertActivation`); the
+    report says why. So are subclasses of ``nn.Linear``: their owners read their weights directly
+    (``nn.MultiheadAttention`` does), or they compute something else. So are layers with hooks. A
+    weight that two layers share is quantised once and stays shared.
 
     Args:
         model: any module; a bare ``nn.Linear`` cannot be replaced in place and is refused.
@@ -281,10 +273,11 @@ def convert_model(
             Layers are replaced only after all of them could be quantised.
     """
     chosen = Recipe.parse(recipe, block_size)
-    if not isinstance(model, nn.Module) or isinstance(model, nn.Linear):
+    if not isinstance(model, nn.Module) or isinstance(model, nn.Linear) or is_experts(model):
         raise InvalidInputError(
             f"convert_model needs a module that holds linear layers, found "
-            f"{type(model).__name__}; use FP8Linear.from_linear for a single layer"
+            f"{type(model).__name__}; use FP8Linear.from_linear for a single layer, "
+            f"FP8Experts.from_weights for one layer's experts"
         )
     check_choice("dtype", dtype, FLOAT8_DTYPES)
     check_choice("scale_dtype", scale_dtype, SCALE_DTYPES)
@@ -292,12 +285,14 @@ def convert_model(
     patterns = _names(skip)
     unmatched = set(patterns)
     static = _static_scales(model, activation_scales)
-    replacements: dict[str, FP8Linear] = {}
+    options = {"dtype": dtype, "scale_dtype": scale_dtype, "backend": backend}
+    replacements: dict[str, FP8Linear | FP8Experts] = {}
     skipped: list[tuple[str, str]] = []
-    made: dict[nn.Linear, FP8Linear] = {}  # one layer under two names stays one layer
+    # One layer under two names stays one layer,
+    made: dict[nn.Module, FP8Linear | FP8Experts] = {}
     quantized: dict[torch.Tensor, FP8Linear] = {}  # and a weight shared by two layers is shared
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) and not is_experts(module):
             continue
         matched = [pattern for pattern in patterns if matches(name, pattern)]
         unmatched.difference_update(matched)
@@ -305,19 +300,20 @@ def convert_model(
         if reason is not None:
             skipped.append((name, reason))
             continue
-        if module not in made:
-            made[module] = _convert_layer(
-                name,
-                module,
-                quantized.get(module.weight),
-                chosen,
-                activation_scale=static.get(name),
-                dtype=dtype,
-                scale_dtype=scale_dtype,
-                backend=backend,
-            )
-            quantized.setdefault(module.weight, made[module])
+        if module not in made and isinstance(module, nn.Linear):
+            twin = quantized.get(module.weight)
+            linear = _named(name, _convert_layer, module, twin, chosen, static.get(name), **options)
+            quantized.setdefault(module.weight, linear)
+            made[module] = linear
+        elif module not in made:
+            made[module] = _named(name, convert_experts, module, chosen, **options)
+        made[module].train(module.training)
         replacements[name] = made[module]
+    experts = [(old, new) for old, new in made.items() if isinstance(new, FP8Experts)]
+    before = sum(weight.nbytes for weight in quantized)
+    before += sum(old.get_parameter(one).nbytes for old, new in experts for one in new.projections)
+    after = sum(new.weight.nbytes + new.weight_scale.nbytes for new in quantized.values())
+    after += sum(new.get_parameter(one).nbytes for _, new in experts for one in new.frozen)
     for name, layer in replacements.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
@@ -325,8 +321,8 @@ def convert_model(
         tuple(replacements),
         tuple(skipped),
         tuple(pattern for pattern in patterns if pattern in unmatched),
-        sum(weight.nbytes for weight in quantized),
-        sum(new.weight.nbytes + new.weight_scale.nbytes for new in quantized.values()),
+        before,
+        after,
     )
 
 
@@ -345,7 +341,9 @@ def _static_scales(model: nn.Module, scales: Mapping[str, float] | None) -> dict
     return found
 
 
-def _why_left_alone(layer: nn.Linear) -> str | None:
+def _why_left_alone(layer: nn.Module) -> str | None:
+    if not isinstance(layer, nn.Linear):
+        return why_left_alone(layer)
     if type(layer) is not nn.Linear:
         return f"a subclass of nn.Linear ({type(layer).__name__})"
     if layer.weight.numel() == 0:
@@ -355,34 +353,27 @@ def _why_left_alone(layer: nn.Linear) -> str | None:
     return None
 
 
+def _named(name: str, convert: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """``convert(...)``, whose errors then say which layer they are about."""
+    try:
+        return convert(*arguments, **options)
+    except (InvalidInputError, NumericalOverflowError) as error:
+        raise type(error)(f"layer {name!r}: {error}") from error
+
+
 def _convert_layer(
-    name: str,
     layer: nn.Linear,
     twin: FP8Linear | None,
     recipe: Recipe,
-    *,
     activation_scale: torch.Tensor | None,
     **options: Any,
 ) -> FP8Linear:
     """The FP8 form of a layer; `twin` is that of a layer over the same weight."""
-    try:
-        if twin is None:
-            converted = FP8Linear.from_linear(
-                layer, recipe, activation_scale=activation_scale, **options
-            )
-        else:
-            converted = FP8Linear._assemble(
-                twin.weight,
-                twin.weight_scale,
-                layer.bias,
-                activation_scale,
-                recipe,
-                twin.backend,
-            )
-    except (InvalidInputError, NumericalOverflowError) as error:
-        raise type(error)(f"layer {name!r}: {error}") from error
-    converted.train(layer.training)
-    return converted
+    if twin is None:
+        return FP8Linear.from_linear(layer, recipe, activation_scale=activation_scale, **options)
+    return FP8Linear._assemble(
+        twin.weight, twin.weight_scale, layer.bias, activation_scale, recipe, twin.backend
+    )
 
 
 def _names(skip: object) -> tuple[str, ...]:

@@ -34,6 +34,6 @@ def register(name: str, compute: Callable[..., Any], fake: Callable[..., Any]) -
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """An exported graph may run under autocast, which would change sums that are stated as fp32."""
     device_type = tensor.device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

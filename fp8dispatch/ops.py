@@ -104,7 +104,7 @@ def _check(
     Raises:
         InvalidInputError, UnknownBackendError: what is wrong, in a sentence.
     """
-    operands = check_operands(weight, weight_scale, x.shape[-1], _stated(block_n, block_k))
+    operands = check_operands(weight, weight_scale, x.shape[-1], stated(block_n, block_k))
     check_device("X", x, weight)
     check_bias(bias, operands.weight.shape[0], weight)
     check_choice("out_dtype", out_dtype, ACTIVATION_DTYPES)
@@ -112,7 +112,8 @@ def _check(
     return operands
 
 
-def _stated(block_n: int, block_k: int) -> tuple[int, int] | None:
+def stated(block_n: int, block_k: int) -> tuple[int, int] | None:
+    """The block size as an operator's integers say it; (0, 0) is none."""
     return (block_n, block_k) if (block_n, block_k) != (0, 0) else None
 
 
@@ -198,7 +199,7 @@ def _check_linear_grad_input(
     dtype: torch.dtype,
 ) -> Operands:
     check_activations("grad", grad)
-    operands = check_operands(weight, weight_scale, k, _stated(block_n, block_k))
+    operands = check_operands(weight, weight_scale, k, stated(block_n, block_k))
     check_device("grad", grad, weight)
     check_choice("dtype", dtype, ACTIVATION_DTYPES)
     n = operands.weight.shape[0]

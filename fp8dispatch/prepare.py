@@ -110,6 +110,21 @@ def weight_scale_fp32(scale: torch.Tensor, recipe: Recipe, n: int, k: int) -> to
     return _checked(scale, key, "weight_scale", recipe.scale_shape(n, k), positive=False)
 
 
+def expert_scale_fp32(
+    scale: torch.Tensor, recipe: Recipe, experts: int, n: int, k: int
+) -> torch.Tensor:
+    """The same for the weights of experts: [E, 1], [E, N, 1] or [E] grids of blocks."""
+    key = ("experts", recipe, experts, n, k)
+    shape = (experts, *recipe.scale_shape(n, k))
+    return _checked(scale, key, "weight_scale", shape, positive=False)
+
+
+def expert_activation_scale_fp32(scale: torch.Tensor, experts: int) -> torch.Tensor:
+    """Checked static activation scales, one fp32 element for each expert [E], maybe repeated."""
+    checked = _checked(scale, "activation", "activation_scale", (scale.numel(),), positive=True)
+    return checked.expand(experts)
+
+
 def activation_scale_fp32(scale: torch.Tensor) -> torch.Tensor:
     """The checked static activation scale as one fp32 element; checked once, like a weight's."""
     return _checked(scale, "activation", "activation_scale", (1,), positive=True)

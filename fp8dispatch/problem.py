@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
 from fp8dispatch.recipe import Recipe
 
@@ -41,6 +42,9 @@ class LinearProblem:
         batch_invariant: a row's result may depend on no other row, nor on M.
     """
 
+    family: ClassVar[str] = ""
+    """What stands before a backend's name where it is registered."""
+
     m: int
     n: int
     k: int
@@ -64,3 +68,30 @@ class LinearProblem:
             f"M={self.m} N={self.n} K={self.k}, {self.recipe}, {self.weight_dtype} weight, "
             f"{self.out_dtype} output{bias}{static}{invariant}"
         )
+
+
+@dataclass(frozen=True)
+class ExpertsProblem(LinearProblem):
+    """``[M, K] x [E, N, K] -> [M, N]``: each row with the weight of one expert.
+
+    Attributes:
+        experts: number of experts, E.
+        batched: each row names its expert; else rows come sorted by expert.
+        gathers: rows are taken from other places of X by an index.
+        scatters: rows are written to other places of the output by an index.
+        static_per_expert: each expert has an activation scale of its own.
+    """
+
+    family: ClassVar[str] = "experts."
+
+    experts: int = 1
+    batched: bool = False
+    gathers: bool = False
+    scatters: bool = False
+    static_per_expert: bool = False
+
+    def __str__(self) -> str:
+        way = "batched" if self.batched else "grouped"
+        used = [name for name in ("gathers", "scatters") if getattr(self, name)]
+        how = f" ({', '.join(used)})" if used else ""
+        return f"{way} experts E={self.experts}{how} {super().__str__()}"

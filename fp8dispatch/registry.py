@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from fp8dispatch import policy
 
 if TYPE_CHECKING:
-    from fp8dispatch.backends.contract import Backend
+    from fp8dispatch.backends.contract import Backend, Capability
+    from fp8dispatch.moe.backends.contract import ExpertBackend
 
 ENTRY_POINTS = "fp8dispatch.backends"
 _log = logging.getLogger("fp8dispatch")
@@ -34,6 +35,13 @@ _MODULES: dict[str, str] = {
     "fbgemm_tile": "fp8dispatch.backends.fbgemm_tile",
     "mslk_tile": "fp8dispatch.backends.mslk_tile",
     "eager": "fp8dispatch.backends.eager",
+}
+
+# The same for expert matmuls, which are looked up as "experts.<name>".
+EXPERTS = "experts."
+_EXPERT_MODULES: dict[str, str] = {
+    "triton": "fp8dispatch.moe.backends.triton",
+    "eager": "fp8dispatch.moe.backends.eager",
 }
 
 
@@ -64,6 +72,24 @@ def load(name: str) -> Backend:
         backend: Backend = import_module(_MODULES[name]).BACKEND
         return backend
     return _load_plugin(name)
+
+
+@functools.cache
+def load_experts(name: str) -> ExpertBackend:
+    """The backend of expert matmuls called `name`; one that refuses where there is none."""
+    from fp8dispatch.moe.backends.missing import Missing
+
+    if name in _EXPERT_MODULES:
+        backend: ExpertBackend = import_module(_EXPERT_MODULES[name]).BACKEND
+        return backend
+    return Missing(name)
+
+
+def find(name: str) -> Capability:
+    """The backend called `name`, of linear layers or, as ``"experts.<name>"``, of experts."""
+    if name.startswith(EXPERTS):
+        return load_experts(name.removeprefix(EXPERTS))
+    return load(name)
 
 
 def plugin_version(name: str) -> str | None:

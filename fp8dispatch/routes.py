@@ -97,6 +97,9 @@ def order_for(
     if machine.device_type != "cuda":
         # Off the GPU plain torch comes first: the others run in an interpreter at best.
         return _complete(("eager",), known), "plain torch first off the GPU"
+    if problem.family:
+        # No expert matmul of a library has been measured yet: ours first, then as registered.
+        return _complete(("triton",), known), "default"
     # Measured routes depend on M, and one batch must not be summed as another is not.
     for route in () if problem.batch_invariant else measured():
         if route.fits(problem, machine):

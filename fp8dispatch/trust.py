@@ -28,7 +28,7 @@ from fp8dispatch.recipe import Recipe
 if TYPE_CHECKING:
     import torch
 
-    from fp8dispatch.backends.contract import Backend
+    from fp8dispatch.backends.contract import Capability
     from fp8dispatch.probes.store import Fingerprint, VerdictStore
 
 State = Literal["right", "wrong", "untested", "not needed"]
@@ -43,7 +43,7 @@ RETRY_S = 300.0
 """After this time a backend that could not be tested is tested again."""
 
 # Plain torch and our own Triton kernels: no foreign native code that could end the process.
-_OURS = frozenset({"eager", "triton"})
+_OURS = frozenset({"eager", "triton", "experts.eager", "experts.triton"})
 
 _log = logging.getLogger("fp8dispatch")
 
@@ -75,7 +75,7 @@ _stores: dict[str, VerdictStore | None] = {}
 
 def judge(
     backend_name: str,
-    backend: Backend,
+    backend: Capability,
     device: torch.device | str,
     machine: Machine,
     recipe: Recipe,
@@ -93,7 +93,7 @@ def judge(
         recipe: what the weight scale means.
         may_probe: False gives what memory and disk know, as while a CUDA graph is captured.
     """
-    if backend_name == "eager":
+    if backend_name in ("eager", "experts.eager"):
         return Verdict("not needed", "plain torch defines the numbers", "nobody")
     key = _key(backend_name, device, recipe)
     verdict = _remembered(key)
@@ -198,7 +198,7 @@ def _stored(key: _Key, fingerprint: Fingerprint, store: VerdictStore | None) -> 
 
 def _find_out(
     key: _Key,
-    backend: Backend,
+    backend: Capability,
     device: torch.device | str,
     machine: Machine,
     fingerprint: Fingerprint,
@@ -220,7 +220,7 @@ def _find_out(
         return verdict
 
 
-def _probe(key: _Key, backend: Backend, device: torch.device | str, machine: Machine) -> Verdict:
+def _probe(key: _Key, backend: Capability, device: torch.device | str, machine: Machine) -> Verdict:
     name, _, recipe = key
     _log.debug("testing the numbers of %s for %s on %s", name, recipe, device)
     if name in _OURS or backend.is_verified(machine):
@@ -238,7 +238,7 @@ def _probe(key: _Key, backend: Backend, device: torch.device | str, machine: Mac
     return verdict
 
 
-def _in_process(backend: Backend, device: torch.device | str, recipe: Recipe) -> Verdict:
+def _in_process(backend: Capability, device: torch.device | str, recipe: Recipe) -> Verdict:
     import torch
 
     from fp8dispatch.probes.numerics import run_canary, synchronize
@@ -258,7 +258,7 @@ def _in_process(backend: Backend, device: torch.device | str, recipe: Recipe) ->
 
 
 def _fingerprint(
-    backend_name: str, backend: Backend, machine: Machine, recipe: Recipe
+    backend_name: str, backend: Capability, machine: Machine, recipe: Recipe
 ) -> Fingerprint:
     from fp8dispatch.probes.store import Fingerprint
 

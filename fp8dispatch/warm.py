@@ -13,8 +13,10 @@ from torch import nn
 
 from fp8dispatch.checks import check_choice, check_size
 from fp8dispatch.errors import DTypeError, InvalidInputError
+from fp8dispatch.explanation import sample_of
 from fp8dispatch.formats import ACTIVATION_DTYPES
 from fp8dispatch.modules import FP8Linear
+from fp8dispatch.moe.experts import FP8Experts
 from fp8dispatch.prepare import prepared_bytes
 
 
@@ -24,7 +26,8 @@ class WarmedLayer:
 
     Attributes:
         name: the layer's name in the model.
-        backends: tokens -> the backend that calls of this size take.
+        backends: tokens -> the backend that calls of this size take; of experts, which have
+            several matmuls, the different ones joined by " + ".
         seconds: how long it took: probing, compiling, preparing; about 0 for a layer like one
             that was warmed before.
         extra_bytes: memory of what is prepared and kept for the layer's weight.
@@ -43,13 +46,14 @@ def warmup(
     dtype: torch.dtype = torch.bfloat16,
     progress: bool | None = None,
 ) -> tuple[WarmedLayer, ...]:
-    """Probe, compile, lay out and check for every `FP8Linear` of a model before it serves.
+    """Probe, compile, lay out and check for all FP8 layers of a model before it serves.
 
     Each layer runs once for each number of tokens, on random activations and without gradients.
     Afterwards calls of these sizes neither probe nor synchronise, and may be captured into graphs.
 
     Args:
-        model: any module that holds `FP8Linear` layers, or one of them.
+        model: any module that holds `FP8Linear` or `FP8Experts` layers, or one of them. Experts
+            are warmed for tokens that choose their `top_k` at random.
         tokens: rows of activations to warm for.
         dtype: dtype of the activations: bfloat16, float16 or float32.
         progress: show a progress bar on stderr; None shows it on a terminal.
@@ -67,12 +71,14 @@ def warmup(
     for count in tokens:
         check_size("each of tokens", count)
     layers = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, FP8Linear)
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, (FP8Linear, FP8Experts))
     ]
     if not layers:
         raise InvalidInputError(
-            f"warmup needs FP8Linear layers, found none in {type(model).__name__}; convert the "
-            f"model with fp8dispatch.convert_model"
+            f"warmup needs FP8Linear or FP8Experts layers, found none in "
+            f"{type(model).__name__}; convert the model with fp8dispatch.convert_model"
         )
     console = Console(stderr=True, force_terminal=progress)
     with Progress(
@@ -92,17 +98,26 @@ def warmup(
     return tuple(warmed)
 
 
-def _warm(name: str, layer: FP8Linear, tokens: Sequence[int], dtype: torch.dtype) -> WarmedLayer:
-    device = layer.weight.device
+def _warm(
+    name: str, layer: FP8Linear | FP8Experts, tokens: Sequence[int], dtype: torch.dtype
+) -> WarmedLayer:
+    device = layer.get_parameter(layer.frozen[0]).device
     start = time.perf_counter()
     backends = {}
     with torch.inference_mode():
         for count in tokens:
-            x = torch.randn(count, layer.in_features, dtype=dtype, device=device)
-            layer(x)
-            backends[count] = layer.explain(x).backend
+            x = sample_of(layer, count, dtype).normal_()
+            if isinstance(layer, FP8Linear):
+                layer(x)
+                backends[count] = layer.explain(x).backend
+                continue
+            scores = torch.rand(count, layer.num_experts, device=device)
+            weights, ids = scores.topk(min(layer.top_k, layer.num_experts), -1)
+            layer(x, ids, weights)
+            taken = [decision.backend for decision in layer.explain(x).values()]
+            backends[count] = " + ".join(dict.fromkeys(taken))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return WarmedLayer(
-        name, backends, time.perf_counter() - start, prepared_bytes(layer.weight_scale)
-    )
+    scales = [getattr(layer, one) for one in layer.frozen if "scale" in one]
+    extra = sum(prepared_bytes(scale) for scale in scales if scale is not None)
+    return WarmedLayer(name, backends, time.perf_counter() - start, extra)

@@ -44,10 +44,10 @@ class Weight(NamedTuple):
     scale_source: torch.Tensor
 
 
-class Backend(ABC):
-    """A way to compute ``out = dequantised(x) @ dequantised(weight).T + bias``.
+class Capability(ABC):
+    """Where something runs and what it takes: declared as data where data can say it.
 
-    Capability is declared as data where data can say it; `refuse_call` holds the rest.
+    `refuse_call` holds the rest.
     """
 
     name: ClassVar[str]
@@ -158,6 +158,10 @@ class Backend(ABC):
         Asked once `refuse_machine` and `refuse_problem` refuse nothing, and never during capture.
         """
         return ()
+
+
+class Backend(Capability):
+    """A way to compute ``out = dequantised(x) @ dequantised(weight).T + bias``."""
 
     def row_multiple(self, problem: LinearProblem) -> int:
         """Rows of quantised activations come padded to this multiple, with zeros of scale 1."""

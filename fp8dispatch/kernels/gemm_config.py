@@ -54,6 +54,7 @@ def choose_config(
     upcast: bool,
     descriptors: bool,
     limits: DeviceLimits,
+    experts: int = 1,
 ) -> GemmConfig:
     """Choose the tile of ``[M, K] x [N, K]``.
 
@@ -64,18 +65,21 @@ def choose_config(
         upcast: The kernel decodes FP8 to float16 itself.
         descriptors: Layout and device allow TMA loads (the tile may still need pointers).
         limits: The device.
+        experts: Weights that the rows are spread over: the tile is that of one weight's share.
 
     Returns:
         The configuration. K plays no part: a longer K only lengthens the loop.
     """
     # Decoded operands are twice as wide and live in registers or shared memory a second time.
     block_k = chunk_of(None if block_size is None else block_size[1], 64 if upcast else 128, upcast)
-    small = m <= 64
+    share = ceil_div(m, experts)
+    small = share <= 64
     # Below 64 rows a taller tile multiplies zeros; 16 is the smallest the tensor core takes. From
     # 64 rows on a warpgroup instruction of 64 rows is used, and two small programs per SM beat one
     # large one, since one promotes partial sums while the other keeps the tensor core busy.
-    block_m = 16 if m <= 16 else 32 if m <= 32 else 64
-    block_n = _block_n(ceil_div(m, block_m), n, (128, 64, 32) if small else (128, 64), limits)
+    block_m = 16 if share <= 16 else 32 if share <= 32 else 64
+    tiles_m = max(ceil_div(m, block_m), min(m, experts))
+    block_n = _block_n(tiles_m, n, (128, 64, 32) if small else (128, 64), limits)
     if block_size is not None:
         block_n = _fit_scale_block(block_n, block_size[0])
 

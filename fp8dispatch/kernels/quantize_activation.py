@@ -322,6 +322,19 @@ def _quantize_long_kernel(
     tl.store(scale_place + tl.arange(0, 1), scale)
 
 
+@triton.jit
+def quantize_tile_static(
+    x, scale, element_type: tl.constexpr, MAX: tl.constexpr, FORMAT: tl.constexpr
+):
+    """FP8 codes of float32 values over given scales of the same shape."""
+    quotient = tl.div_rn(x, scale)
+    quotient = tl.where(quotient > MAX, MAX, quotient)  # comparisons that leave a NaN alone
+    quotient = tl.where(quotient < -MAX, -MAX, quotient)
+    finite = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < _INFINITY_BITS
+    quotient = tl.where(finite, quotient, float("nan"))
+    return _encode(quotient, element_type, FORMAT)
+
+
 @triton.jit(do_not_specialize=["m"])
 def _quantize_static_kernel(
     x_ptr,
@@ -344,11 +357,6 @@ def _quantize_static_kernel(
     valid = (rows < m)[:, None] & (cols < k)[None, :]
     x_offsets = rows[:, None] * x_stride_row + (cols.to(tl.int64) * x_stride_col)[None, :]
     x = tl.load(x_ptr + x_offsets, mask=valid, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr)
-    quotient = tl.div_rn(x, tl.zeros((ROWS, COLS), tl.float32) + scale)
-    quotient = tl.where(quotient > MAX, MAX, quotient)  # comparisons that leave a NaN alone
-    quotient = tl.where(quotient < -MAX, -MAX, quotient)
-    finite = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < _INFINITY_BITS
-    quotient = tl.where(finite, quotient, float("nan"))
-    code = _encode(quotient, data_ptr.dtype.element_ty, FORMAT)
+    scale = tl.zeros((ROWS, COLS), tl.float32) + tl.load(scale_ptr)
+    code = quantize_tile_static(x, scale, data_ptr.dtype.element_ty, MAX, FORMAT)
     tl.store(data_ptr + rows[:, None] * data_stride_row + cols[None, :], code, mask=valid)

@@ -29,7 +29,7 @@ from fp8dispatch.recipe import Granularity, Recipe
 if TYPE_CHECKING:
     import torch
 
-    from fp8dispatch.backends.contract import Backend
+    from fp8dispatch.backends.contract import Capability
 
 Outcome = Literal["right", "wrong", "crashed", "hung", "flooded", "untested"]
 
@@ -356,8 +356,8 @@ def _device(request: dict[str, Any]) -> torch.device:
     raise RuntimeError(f"{device} of the parent is not visible")
 
 
-def _backend(name: str) -> Backend:
-    from fp8dispatch.backends.contract import Backend
+def _backend(name: str) -> Capability:
+    from fp8dispatch.backends.contract import Capability
 
     module, colon, attribute = name.partition(":")
     if colon:
@@ -365,7 +365,7 @@ def _backend(name: str) -> Backend:
     else:
         from fp8dispatch import registry
 
-        found = registry.load(name)
-    if not isinstance(found, Backend):
+        found = registry.find(name)
+    if not isinstance(found, Capability):
         raise TypeError(f"{name} is of type {type(found).__name__}, not a Backend")
     return found

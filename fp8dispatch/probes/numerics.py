@@ -19,10 +19,11 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
-from fp8dispatch.backends.contract import Backend, Weight
+from fp8dispatch.backends.contract import Backend, Capability, Weight
 from fp8dispatch.errors import Refusal
 from fp8dispatch.formats import activation_float8, cast, dtype_name, max_value
 from fp8dispatch.machine import Machine
@@ -112,8 +113,8 @@ class _Operands:
         generator = torch.Generator(device="cpu").manual_seed(case.seed)
         recipe, k = problem.recipe, problem.k
         group = recipe.group_size(k)
-        data, scale = _make_weight(problem, generator)
-        x = _make_activations(problem, generator)
+        data, scale = make_weight(problem, generator)
+        x = make_activations(problem, generator)
         dtype = getattr(torch, problem.activation_dtype)
         static = None
         if problem.static_activation:
@@ -123,14 +124,14 @@ class _Operands:
         )
         bias = None
         if case.bias_dtype is not None:
-            bias = _normal((problem.n,), generator).to(getattr(torch, case.bias_dtype))
+            bias = normal((problem.n,), generator).to(getattr(torch, case.bias_dtype))
 
-        wide_x = plain.data.float().double() * _spread(
+        wide_x = plain.data.float().double() * spread(
             plain.scale, rows_per_scale, group, plain.data.shape
         )
         rows = 1 if recipe.granularity is not Granularity.TENSOR else problem.n
         rows = rows if recipe.block_size is None else recipe.block_size[0]
-        wide_weight = data.float().double() * _spread(
+        wide_weight = data.float().double() * spread(
             scale.reshape(-1, scale.shape[-1]), rows, group, data.shape
         )
         self.value = wide_x @ wide_weight.t()
@@ -159,19 +160,27 @@ class _Operands:
         tensors += [tensor for tensor in (self.bias, self.static) if tensor is not None]
         return [tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor for tensor in tensors]
 
+    @property
+    def problem(self) -> LinearProblem:
+        return self.case.problem
+
+    @property
+    def own_quantiser(self) -> bool:
+        return not self.case.quantized
+
     def unchanged(self) -> bool:
         return all(map(torch.equal, self._inputs(), self.before))
 
     def run(self, backend: Backend) -> torch.Tensor:
         problem = self.case.problem
-        _poison(problem, self.x.device)
+        poison(problem, self.x.device)
         if self.case.quantized:
             return backend.matmul(self.quantized, self.weight, self.bias, problem)
         return backend.linear(self.x, self.weight, self.bias, self.static, problem)
 
 
 @torch.no_grad()
-def run_canary(backend: Backend, device: torch.device, recipe: Recipe) -> CanaryResult:
+def run_canary(backend: Capability, device: torch.device, recipe: Recipe) -> CanaryResult:
     """Run a backend on known operands and compare its numbers with the truth.
 
     Waits for the device. The global random number generators, autocast and the backend's
@@ -185,6 +194,10 @@ def run_canary(backend: Backend, device: torch.device, recipe: Recipe) -> Canary
     Raises:
         Exception: whatever the backend raises; the caller knows what that means.
     """
+    if not isinstance(backend, Backend):
+        from fp8dispatch.probes.experts_numerics import run_experts_canary
+
+        return run_experts_canary(backend, device, recipe)
     machine = describe(device)
     cases, refusals = _applicable(backend, recipe, machine)
     if not cases:
@@ -196,7 +209,7 @@ def run_canary(backend: Backend, device: torch.device, recipe: Recipe) -> Canary
             operands = _Operands(case, device, backend.rows_per_scale)
             out = operands.run(backend)
             synchronize(device)
-            share, problem = _judge(out, operands)
+            share, problem = judge(out, operands)
             worst = max(worst, share)
             if problem is not None:
                 return CanaryResult(False, f"{case}: {problem}", worst)
@@ -259,9 +272,26 @@ def _cases(backend: Backend, shaped: LinearProblem, rows: list[int]) -> Iterator
         yield case(replace(last, accuracy=Accuracy.FAST), None, quantized=True)
 
 
-def _judge(out: object, operands: _Operands) -> tuple[float, str | None]:
+class Judged(Protocol):
+    """A call whose output is judged: see `_Operands` for what each part is."""
+
+    value: torch.Tensor
+    mass: torch.Tensor
+    largest: torch.Tensor
+    x: torch.Tensor
+
+    @property
+    def problem(self) -> LinearProblem: ...
+
+    @property
+    def own_quantiser(self) -> bool: ...
+
+    def unchanged(self) -> bool: ...
+
+
+def judge(out: object, operands: Judged) -> tuple[float, str | None]:
     """Share of the bound that the output uses, and what is wrong with it."""
-    problem = operands.case.problem
+    problem = operands.problem
     if not isinstance(out, torch.Tensor):
         return math.inf, f"returned {type(out).__name__} instead of a tensor"
     form = (tuple(out.shape), dtype_name(out.dtype), out.device)
@@ -273,7 +303,7 @@ def _judge(out: object, operands: _Operands) -> tuple[float, str | None]:
         row, column = (int(index) for index in (~finite).nonzero()[0])
         missing = int((~finite).sum())
         return math.inf, f"{missing} values are not finite, the first at row {row}, {column}"
-    own_quantiser = not operands.case.quantized
+    own_quantiser = operands.own_quantiser
     error = (got - operands.value).abs()
     bound = ROUNDOFF[problem.out_dtype] * operands.value.abs()
     bound += ACCUMULATION[problem.accuracy] * operands.mass + SUBNORMAL[problem.out_dtype] + 1e-30
@@ -300,24 +330,24 @@ def _judge(out: object, operands: _Operands) -> tuple[float, str | None]:
     return worst, None
 
 
-def _make_weight(
+def make_weight(
     problem: LinearProblem, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normal codes, and scales apart from each other and from powers of two."""
     dtype = getattr(torch, problem.weight_dtype)
     limit = max_value(dtype)
-    codes = _normal((problem.n, problem.k), generator) * (limit / 5)
+    codes = normal((problem.n, problem.k), generator) * (limit / 5)
     scale = _between_powers(problem.recipe.scale_shape(problem.n, problem.k), generator)
     scale *= 0.1 / limit
     scale.view(-1)[scale.numel() // 2] *= 12  # one large block, row, or all
     return cast(codes, dtype), scale
 
 
-def _make_activations(problem: LinearProblem, generator: torch.Generator) -> torch.Tensor:
+def make_activations(problem: LinearProblem, generator: torch.Generator) -> torch.Tensor:
     """[M, K] bf16 of normal values, larger and smaller by token and by group of columns."""
     m, k = problem.m, problem.k
     group = min(problem.recipe.group_size(k), 128)
-    x = _normal((m, k), generator)
+    x = normal((m, k), generator)
     x *= _between_powers((m, 1), generator)
     x *= _between_powers((m, -(-k // group)), generator).repeat_interleave(group, 1)[:, :k]
     if m > 8:
@@ -334,11 +364,11 @@ def _between_powers(shape: tuple[int, ...], generator: torch.Generator) -> torch
     return torch.exp2(octave + 0.2 + 0.6 * part).float()
 
 
-def _normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
-def _spread(scale: torch.Tensor, rows: int, columns: int, shape: torch.Size) -> torch.Tensor:
+def spread(scale: torch.Tensor, rows: int, columns: int, shape: torch.Size) -> torch.Tensor:
     """A grid of scales, one for each `rows` x `columns` block, as float64 [R, C]."""
     row = torch.arange(shape[0], device="cpu") // rows
     column = torch.arange(shape[1], device="cpu") // columns
@@ -346,7 +376,7 @@ def _spread(scale: torch.Tensor, rows: int, columns: int, shape: torch.Size) -> 
     return scale.double()[row][:, column]
 
 
-def _poison(problem: LinearProblem, device: torch.device) -> None:
+def poison(problem: LinearProblem, device: torch.device) -> None:
     """Leave NaN in freed memory of the output's size, so that what is not written shows."""
     rows = {-(-problem.m // multiple) * multiple for multiple in (1, 4, 64, 128)}
     dtypes = (getattr(torch, problem.out_dtype), torch.float32)

@@ -25,7 +25,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fp8dispatch.kernels import dequantize, float8, quantize_activation, scaled_gemm
+from fp8dispatch.kernels import (
+    combine_experts,
+    dequantize,
+    float8,
+    quantize_activation,
+    scaled_gemm,
+)
 from fp8dispatch.kernels.launch import DeviceLimits
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -131,6 +137,18 @@ def weight(block_size: tuple[int, int] | None, dtype: torch.dtype) -> None:
     dequantize.dequantize_weight(fp8(1024, 1024, dtype), scale, out, block_size)
 
 
+def combine(*, backward: bool) -> None:
+    rows = torch.empty(64, 7168, dtype=torch.bfloat16)
+    ids, shares = torch.zeros(64, dtype=torch.int64), torch.ones(8, 8)
+    out = torch.empty(8, 7168, dtype=torch.bfloat16)
+    if backward:
+        combine_experts.combine_rows_backward(
+            out, rows, ids, shares, 256, torch.empty_like(rows), torch.empty_like(shares)
+        )
+    else:
+        combine_experts.combine_rows(rows, ids, shares, 256, out)
+
+
 BLOCK = (128, 128)
 DECODED = {  # formats that the target cannot multiply: these run everywhere
     "groups": lambda: groups(2048, 128, E4M3_FNUZ),
@@ -152,6 +170,7 @@ VARIANTS: dict[int, dict[str, Any]] = {
         "gemm_row": lambda: gemm(2048, None),
         "rows": lambda: rows(256, 2048, E4M3),
         "static": lambda: static(E4M3),
+        "combine": lambda: combine(backward=False),
     },
     89: NATIVE,
     90: NATIVE
@@ -168,6 +187,8 @@ VARIANTS: dict[int, dict[str, Any]] = {
         "rows_long": lambda: rows(256, 65536, E4M3),
         "static": lambda: static(E4M3),
         "weight_odd": lambda: weight((48, 80), E5M2),
+        "combine": lambda: combine(backward=False),
+        "combine_backward": lambda: combine(backward=True),
     },
     100: NATIVE,
     120: NATIVE,

@@ -1,0 +1,1 @@
+"""Other libraries' names and plug-in points."""

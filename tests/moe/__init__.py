@@ -1,0 +1,1 @@
+"""Experts: the two matmuls, their kernels, and the module over them."""
