@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
@@ -387,5 +388,5 @@ def test_classes_are_described(name: str) -> None:
     text = inspect.getdoc(cls) or ""
 
     assert re.match(r"\S.*[.)]$", text.split("\n")[0]), text
-    for field in getattr(cls, "__dataclass_fields__", {}):
+    for field in (one.name for one in fields(cls)) if is_dataclass(cls) else ():
         assert re.search(rf"^ +(\w+, )*{field}(, \w+)*: ", text, re.MULTILINE), field
