@@ -22,8 +22,9 @@ import torch
 import triton
 from triton.runtime import driver
 
-from fp8dispatch.backends import gluon
+from fp8dispatch.backends.compute import gluon
 from fp8dispatch.backends.contract import Weight
+from fp8dispatch.backends.gluon import BACKEND
 from fp8dispatch.kernels import gluon_launch, hopper_config, hopper_launch
 from fp8dispatch.kernels.hopper_config import HopperConfig, choose_config, gemm_config
 from fp8dispatch.kernels.launch import DeviceLimits
@@ -77,7 +78,7 @@ def call(
     problem = LinearProblem(m, n, k, recipe, "float8_e4m3fn", "float8_e4m3fn", out_dtype, bias)
     partials = torch.empty(4), torch.zeros(4, dtype=torch.int32)
     gluon.workspace = lambda device, elements, counters: partials
-    gluon.BACKEND.multiply(
+    BACKEND.multiply(
         QuantizedActivation(data, x_scale),
         Weight(weight, weight_scale, recipe, weight_scale),
         torch.zeros(n, dtype=torch.bfloat16) if bias else None,
