@@ -100,7 +100,7 @@ class FbgemmFamily(LibraryBackend):
         return M_ALIGN if problem.recipe.granularity is Granularity.BLOCK else 1
 
     def _load(self) -> tuple[Refusal, ...]:
-        from fp8dispatch.backends.compute.fbgemm_family import cuda_operator, has_operator
+        from fp8dispatch.backends.compute.operators import cuda_operator, has_operator
 
         if has_operator(self.other_namespace, ROWWISE):
             return (

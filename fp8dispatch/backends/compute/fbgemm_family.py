@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from fp8dispatch.backends.compute.operands import (
@@ -78,22 +76,6 @@ def _blocks(
     check_operand("weight scales", weight_scale, (groups, blocks), torch.float32)
     out = self._ops[GROUPWISE](data, weight.data, x_scale, weight_scale)
     return out[: problem.m]
-
-
-def has_operator(namespace: str, name: str) -> bool:
-    """Something is registered as ``torch.ops.<namespace>.<name>``."""
-    return bool(torch._C._dispatch_has_kernel(f"{namespace}::{name}"))
-
-
-def cuda_operator(namespace: str, name: str) -> Callable[..., torch.Tensor] | None:
-    """The operator, where it has a CUDA kernel and not only a schema."""
-    full = f"{namespace}::{name}"  # `torch.ops` would be content with a schema
-    if not has_operator(namespace, name) or not (
-        torch._C._dispatch_has_kernel_for_dispatch_key(full, "CUDA")
-    ):
-        return None
-    found: Callable[..., torch.Tensor] = getattr(getattr(torch.ops, namespace), name).default
-    return found
 
 
 def check_operand(
