@@ -136,3 +136,15 @@ def test_rows_times_columns_beyond_2_to_the_31() -> None:
         one = int(ids[row])
         expected = oracle.linear_truth(x[row : row + 1], weight[one], scale[one], ROW)
         oracle.assert_matches(out[row : row + 1], expected, min_sqnr=45)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("way", WAYS)
+def test_tensors_on_a_device_that_is_not_current(way: str) -> None:
+    assert torch.cuda.current_device() == 0
+    call = make_call(way, BLOCK_128, 6, 200, 384, 90, bias=torch.float32, device="cuda:1")
+    grad = torch.randn(90, 200, device="cuda:1").bfloat16()
+
+    oracle.assert_matches(call.run(backend="triton"), call.truth(), min_sqnr=45)
+    assert_gradients(call, *backward(call, grad), grad)
+    assert torch.cuda.current_device() == 0
