@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -376,7 +377,7 @@ def test_the_name_is_registered_once_and_not_taken_from_others(
         tiny.make("qwen3-moe", 1).set_experts_implementation("fp8dispatcher")
 
     monkeypatch.delattr(theirs, "ALL_FP8_EXPERTS_FUNCTIONS")
-    monkeypatch.delattr(theirs, "FineGrainedFP8")
+    monkeypatch.setattr(theirs, "FineGrainedFP8", dataclasses.make_dataclass("Other", ["matmul"]))
     with pytest.raises(BackendUnavailableError, match=r"ALL_FP8_EXPERTS_FUNCTIONS.*transformers 5"):
         integration.register_experts()
     with pytest.raises(BackendUnavailableError, match=r"FineGrainedFP8.*transformers 5"):
