@@ -495,6 +495,8 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         wrap({**tensors, "down_proj_activation_scale": bad})
     with pytest.raises(InvalidInputError, match="from_tensors"):
         FP8Experts.from_weights(tensors)
+    with pytest.raises(DTypeError, match="block_size must be two integers"):
+        FP8Experts.from_tensors(tensors, block_size=[128])
     with pytest.raises(UnknownBackendError):
         FP8Experts(2, 8, 8, backend="cutlas")
     with pytest.raises(ShapeError, match="num_experts must be a positive integer"):
