@@ -55,7 +55,11 @@ if TYPE_CHECKING:
     from fp8dispatch.modules import ConversionReport, FP8Linear, convert_model
     from fp8dispatch.moe.activations import ExpertActivation
     from fp8dispatch.moe.experts import FP8Experts
-    from fp8dispatch.moe.matmul import fp8_experts_batched, fp8_experts_grouped
+    from fp8dispatch.moe.matmul import (
+        explain_experts,
+        fp8_experts_batched,
+        fp8_experts_grouped,
+    )
     from fp8dispatch.moe.quantize import dequantize_experts, quantize_experts
     from fp8dispatch.offset8 import FP8Format
     from fp8dispatch.overrides import set_backend, use_backend
@@ -123,7 +127,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "modules": ("ConversionReport", "FP8Linear", "convert_model"),
     "moe.activations": ("ExpertActivation",),
     "moe.experts": ("FP8Experts",),
-    "moe.matmul": ("fp8_experts_batched", "fp8_experts_grouped"),
+    "moe.matmul": ("explain_experts", "fp8_experts_batched", "fp8_experts_grouped"),
     "moe.quantize": ("dequantize_experts", "quantize_experts"),
     "offset8": ("FP8Format",),
     "overrides": ("set_backend", "use_backend"),
@@ -195,6 +199,7 @@ __all__ = [
     "dequantize",
     "dequantize_experts",
     "explain",
+    "explain_experts",
     "fbgemm_fp8_linear",
     "fp8_act_quant",
     "fp8_block_quant_linear",

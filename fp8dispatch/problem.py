@@ -29,6 +29,7 @@ class LinearProblem:
     """``[M, K] x [N, K] -> [M, N]`` over an FP8 weight; dtypes are names such as ``"bfloat16"``.
 
     Attributes:
+        family: of the class, what stands before a backend's name where it is registered.
         m, n, k: sizes of the multiplication; the leading shape of X is already flattened into m.
         recipe: what the weight scale means.
         weight_dtype, activation_dtype: FP8 dtypes of the two operands of the multiplication.
@@ -43,7 +44,6 @@ class LinearProblem:
     """
 
     family: ClassVar[str] = ""
-    """What stands before a backend's name where it is registered."""
 
     m: int
     n: int

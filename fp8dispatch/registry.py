@@ -41,6 +41,7 @@ _MODULES: dict[str, str] = {
 EXPERTS = "experts."
 _EXPERT_MODULES: dict[str, str] = {
     "triton": "fp8dispatch.moe.backends.triton",
+    "deepgemm": "fp8dispatch.moe.backends.deepgemm",
     "eager": "fp8dispatch.moe.backends.eager",
 }
 

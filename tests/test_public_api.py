@@ -65,6 +65,7 @@ NAMES = [
     "dequantize",
     "dequantize_experts",
     "explain",
+    "explain_experts",
     "fbgemm_fp8_linear",
     "fp8_act_quant",
     "fp8_block_quant_linear",

@@ -11,6 +11,7 @@ Importing this module changes nothing. Models that are not quantised yet are con
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
@@ -23,6 +24,11 @@ from fp8dispatch.integrations.finegrained_fp8 import matmul_2d, matmul_batched, 
 from fp8dispatch.moe.forward import Projection, experts_forward, has_halves
 
 NAME = "fp8dispatch"
+_KERNEL = {
+    "matmul": matmul_2d,
+    "batched_matmul": matmul_batched,
+    "grouped_matmul": matmul_grouped,
+}
 
 
 def register_experts(name: str = NAME) -> None:
@@ -65,13 +71,14 @@ def provide_kernel() -> None:
     module = _finegrained()
     holder = getattr(module, "FineGrainedFP8", None)
     loader, kept = "_load_finegrained_fp8_kernel", "_FINEGRAINED_FP8"
-    if holder is None or not hasattr(module, loader):
+    fields = set() if holder is None else {field.name for field in dataclasses.fields(holder)}
+    if holder is None or fields != set(_KERNEL) or not hasattr(module, loader):
         raise BackendUnavailableError(
-            f"providing the kernel needs FineGrainedFP8 and {loader} of Transformers 5.14 or "
-            f"later, found neither in {_version()}; convert the model with "
-            f"fp8dispatch.convert_model instead"
+            f"providing the kernel needs FineGrainedFP8({', '.join(_KERNEL)}) and {loader}, as "
+            f"Transformers 5.14 to 5.23 has them, found other ones in {_version()}; convert the "
+            f"model with fp8dispatch.convert_model instead"
         )
-    kernel = holder(matmul_2d, matmul_batched, matmul_grouped)
+    kernel = holder(**_KERNEL)
     if hasattr(module, kept):  # in a global of the module
         setattr(module, kept, kernel)
     else:  # in the cache of the loader

@@ -210,7 +210,7 @@ def _grad_input_kernel(
     in_group = row_index < end_row
     source, live = map_rows(scatter_ptr, scatter_stride, row_index, in_group, rows)
     target, arrives = map_rows(gather_ptr, gather_stride, row_index, in_group, inputs)
-    live = live & arrives & (row_index < tl.where(group < experts, end_row, 0))
+    live = live & arrives
     if SCATTERED:
         written = arrives
     else:
@@ -223,7 +223,7 @@ def _grad_input_kernel(
     b_expert = b_ptr + expert * b_stride_e
     scale_expert = b_scale_ptr + expert * b_scale_stride_e
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    steps = tl.where(group < experts, tl.cdiv(n, BLOCK_N), 0)
+    steps = tl.where(group < experts, tl.cdiv(n, BLOCK_N), 0)  # none: zeros for the rest
     for step in range(steps):
         depth_index = step * BLOCK_N + tl.arange(0, BLOCK_N)
         depth = depth_index.to(tl.int64)

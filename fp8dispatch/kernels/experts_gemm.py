@@ -11,6 +11,9 @@ nothing of the output is left as it was, except rows that `scatter` does not nam
 `gather` lets a token that several experts use be quantised once and read where it lies. Tiles that
 follow each other share the weights of an expert and a strip of columns, group_m at a time.
 
+Few rows that name their expert are not sorted at all: the program of a row looks through the ids
+itself and takes the rows of the same expert with it, so that decoding costs no launch more.
+
 Limits: rows are gathered through pointers, and descriptors (TMA) are used without `gather` only.
 """
 
@@ -22,7 +25,13 @@ import torch
 import triton
 import triton.language as tl
 
-from fp8dispatch.kernels.experts_routing import find_tile, map_rows, schedule, tile_bound
+from fp8dispatch.kernels.experts_routing import (
+    find_members,
+    find_tile,
+    map_rows,
+    schedule,
+    tile_bound,
+)
 from fp8dispatch.kernels.float8 import NATIVE
 from fp8dispatch.kernels.gemm_config import GemmConfig, choose_config
 from fp8dispatch.kernels.interpreter import cast_output
@@ -35,10 +44,14 @@ from fp8dispatch.kernels.scaled_gemm import (
     _tile_origin,
     _tma_layout,
 )
-from fp8dispatch.kernels.sorted_rows import SortedRows
+from fp8dispatch.kernels.sorted_rows import NamedRows, SortedRows
 
 if TYPE_CHECKING:
     from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+MOST_NAMED_ROWS = 128
+"""Rows up to which programs look through all expert ids by themselves."""
 
 
 def experts_gemm(
@@ -49,7 +62,7 @@ def experts_gemm(
     bias: torch.Tensor | None,
     out: torch.Tensor,
     block_size: tuple[int, int] | None,
-    sorted_rows: SortedRows,
+    routed: SortedRows | NamedRows,
     config: GemmConfig | None = None,
 ) -> None:
     """Multiply quantised rows by the quantised weights of their experts into `out`.
@@ -65,10 +78,10 @@ def experts_gemm(
         out: ``[rows, N]``, bfloat16, float16 or float32, any strides. Rows that `scatter` does not
             name are left as they are.
         block_size: ``(block_n, block_k)`` of the weight scale, or None.
-        sorted_rows: Which rows go to which expert.
+        routed: Which rows go to which expert; `NamedRows` of at most `MOST_NAMED_ROWS`.
         config: The tile, for measuring; by default `choose_config` decides.
     """
-    rows, (experts, n, k) = sorted_rows.rows, b.shape
+    rows, (experts, n, k) = routed.rows, b.shape
     if rows == 0:
         return
     limits = device_limits(a.device)
@@ -83,7 +96,8 @@ def experts_gemm(
             upcast=upcast,
             descriptors=not upcast
             and limits.capability >= _TMA_CAPABILITY
-            and sorted_rows.gather is None
+            and isinstance(routed, SortedRows)
+            and routed.gather is None
             and flat is not None
             and _tma_layout(flat)
             and _tma_layout(a),
@@ -95,11 +109,14 @@ def experts_gemm(
     if config.descriptors and flat is not None:
         a_source = _descriptor(a_operand, config.block_m, config.block_k)
         b_source = _descriptor(flat, config.block_n, config.block_k)
-    bounds = b_scale.new_empty((2, experts + 1), dtype=torch.int32)
-    schedule(sorted_rows.ends, rows, config.block_m, bounds[0], bounds[1])
-    gather, scatter = sorted_rows.gather, sorted_rows.scatter
+    if isinstance(routed, SortedRows):
+        index = torch.empty((2, experts + 1), dtype=torch.int32, device=b.device)
+        schedule(routed.ends, rows, config.block_m, index[0], index[1])
+        gather, scatter = routed.gather, routed.scatter
+        tiles_m = tile_bound(rows, experts, config.block_m)
+    else:
+        index, gather, scatter, tiles_m = routed.expert_ids, routed.gather, None, rows
     scale_n, scale_k = (0, 0) if block_size is None else block_size
-    tiles_m = tile_bound(rows, experts, config.block_m)
     tiles = tiles_m * ceil_div(n, config.block_n)
     programs = config.programs_per_sm * limits.multiprocessors or tiles
     with on_device_of(a):
@@ -110,7 +127,7 @@ def experts_gemm(
             b_scale,
             bias,
             out,
-            bounds,
+            index,
             gather,
             scatter,
             a.shape[0],
@@ -125,9 +142,11 @@ def experts_gemm(
             *b_scale.stride(),
             *((0, 0) if bias is None else bias.stride()),
             *out.stride(),
+            index.stride(0),
             0 if gather is None else gather.stride(0),
             0 if scatter is None else scatter.stride(0),
             STEPS=(experts + 1).bit_length(),
+            NAMED=0 if isinstance(routed, SortedRows) else MOST_NAMED_ROWS,
             SCALE_N=scale_n,
             SCALE_K=scale_k,
             EVEN_K=(k if block_size is None else scale_k) % config.block_k == 0
@@ -181,7 +200,7 @@ def _experts_gemm_kernel(
     b_scale_ptr,
     bias_ptr,
     out_ptr,
-    bounds_ptr,  # [2, E + 1]: ends of rows, cumulative tiles
+    index_ptr,  # [2, E + 1]: ends of rows, cumulative tiles; or with NAMED [rows]: expert ids
     gather_ptr,
     scatter_ptr,
     inputs,
@@ -203,9 +222,11 @@ def _experts_gemm_kernel(
     bias_stride_n,
     out_stride_m,
     out_stride_n,
+    index_stride,
     gather_stride,
     scatter_stride,
     STEPS: tl.constexpr,
+    NAMED: tl.constexpr,  # 0: rows are sorted by expert
     SCALE_N: tl.constexpr,  # 0: one scale per row of a and of b
     SCALE_K: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -231,16 +252,21 @@ def _experts_gemm_kernel(
 
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         row_tile, first_col = _tile_origin(tile, tiles_m, n, 1, BLOCK_N, GROUP_M)
-        group, first_row, end_row = find_tile(
-            row_tile, bounds_ptr, bounds_ptr + experts + 1, experts + 1, STEPS, BLOCK_M
-        )
-        row_index = first_row + tl.arange(0, BLOCK_M)
+        if NAMED > 0:
+            group, row_index, in_group = find_members(
+                row_tile, index_ptr, index_stride, rows, experts, NAMED, BLOCK_M
+            )
+            first_row = 0
+        else:
+            group, first_row, end_row = find_tile(
+                row_tile, index_ptr, index_ptr + experts + 1, experts + 1, STEPS, BLOCK_M
+            )
+            row_index = first_row + tl.arange(0, BLOCK_M)
+            in_group = row_index < end_row
         col_index = first_col + tl.arange(0, BLOCK_N)
-        target, written = map_rows(
-            scatter_ptr, scatter_stride, row_index, row_index < end_row, rows
-        )
+        target, written = map_rows(scatter_ptr, scatter_stride, row_index, in_group, rows)
         # Rows of the group behind the last expert, and of none, multiply nothing and are zeros.
-        live = written & (row_index < tl.where(group < experts, end_row, 0))
+        live = written & (tl.zeros_like(row_index) + group < experts)
         source, live = map_rows(gather_ptr, gather_stride, row_index, live, inputs)
         expert = tl.minimum(group, experts - 1).to(tl.int64)
         chunks = tl.where(group < experts, all_chunks, 0)

@@ -198,6 +198,37 @@ def find_tile(
 
 
 @triton.jit
+def find_members(
+    row, ids_ptr, ids_stride, rows, experts, MOST_ROWS: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """The rows that the program of one row takes: BLOCK_M of those with the same expert, or none.
+
+    Rows of one expert are counted in order; the program of every BLOCK_M-th of them takes that one
+    and those that follow. A row of no expert is taken by its own program.
+
+    Returns:
+        The expert (`experts` for none), the rows [BLOCK_M], and which of them exist.
+    """
+    other = tl.arange(0, MOST_ROWS)
+    ids = tl.load(ids_ptr + other.to(tl.int64) * ids_stride, mask=other < rows, other=-1)
+    ids = ids.to(tl.int64)
+    own = tl.load(ids_ptr + row.to(tl.int64) * ids_stride).to(tl.int64)
+    known = tl.where((own >= 0) & (own < experts), 1, 0)
+    # Of no expert: compared by place instead, so that the row stands alone.
+    alike = tl.where(known > 0, ids, other.to(tl.int64)) == tl.where(known > 0, own, row)
+    member = tl.where(alike & (other < rows), 1, 0)
+    rank = tl.cumsum(member, 0) - 1
+    own_rank = tl.sum(tl.where(other < row, member, 0), axis=0)
+    wanted = own_rank + tl.arange(0, BLOCK_M)
+    wanted = tl.where(own_rank % BLOCK_M == 0, wanted, -1)
+    taken = tl.where(rank[None, :] == wanted[:, None], member[None, :], 0)
+    exists = tl.sum(taken, axis=1) > 0
+    members = tl.sum(taken * other[None, :], axis=1)
+    expert = tl.where(known > 0, own, experts).to(tl.int32)
+    return expert, members, exists
+
+
+@triton.jit
 def map_rows(index_ptr, stride, rows, valid, size):
     """Where an index sends sorted rows, and which of them arrive; without one they stay."""
     if index_ptr is not None:

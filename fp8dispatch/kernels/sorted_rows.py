@@ -1,4 +1,4 @@
-"""Rows sorted by expert: what the kernels of expert matmuls are told about routing."""
+"""What the kernels of expert matmuls are told about routing: rows that are sorted, or that say."""
 
 from __future__ import annotations
 
@@ -28,3 +28,18 @@ class SortedRows:
     scatter: torch.Tensor | None = None
     complete: bool = False
     distinct: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NamedRows:
+    """Few rows in any order, each with the number of its expert.
+
+    Attributes:
+        expert_ids: ``[rows]``, any integer dtype, stride and values.
+        rows: Number of rows, of the output too.
+        gather: ``[rows]`` integers, row of the input of each; None where it is the same.
+    """
+
+    expert_ids: torch.Tensor
+    rows: int
+    gather: torch.Tensor | None = None

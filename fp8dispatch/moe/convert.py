@@ -88,7 +88,9 @@ def convert_experts(
             tensor = tensor.transpose(1, 2) if module.is_transposed else tensor
         if interleaved and name.startswith("gate_up_proj"):
             # The rows of gate and up take turns; ours come one after the other.
+            trained = tensor.requires_grad
             tensor = torch.cat([tensor.detach()[:, ::2], tensor.detach()[:, 1::2]], 1)
+            tensor.requires_grad_(trained)
         tensors[name] = tensor
     return FP8Experts.from_weights(
         tensors,

@@ -22,7 +22,7 @@ from fp8dispatch.moe.validate import (
 )
 from fp8dispatch.policy import check_backend
 from fp8dispatch.prepare import expert_activation_scale_fp32
-from fp8dispatch.recipe import BLOCK_128, Recipe
+from fp8dispatch.recipe import BLOCK_128, Recipe, parse_block_size
 from fp8dispatch.router import Decision
 
 SCALE, BIAS, STATIC = "_scale_inv", "_bias", "_activation_scale"
@@ -210,7 +210,7 @@ class FP8Experts(FrozenTensors):
                 f"{', '.join(missing)}; quantise weights with FP8Experts.from_weights"
             )
         self.projections = names
-        self.block_size = None if block_size is None else (int(block_size[0]), int(block_size[1]))
+        self.block_size = parse_block_size(block_size)
         self.top_k = top_k
         self.backend = backend
         self.activation = parse_activation(activation, LAYOUTS[names[:-1]])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -302,7 +303,7 @@ def _check_routing(
     remedy = "convert them with expert_weights.float()"
     check_dtype("expert_weights", expert_weights, ACTIVATION_DTYPES, remedy)
     check_device("expert_weights", expert_weights, weight)
-    if expert_ids.dim() < 2 or expert_ids.shape[:-1].numel() != tokens:
+    if expert_ids.dim() < 2 or prod(expert_ids.shape[:-1]) != tokens:
         raise ShapeError(
             f"expert_ids must be [{tokens}, k], the k experts of each token, found "
             f"{list(expert_ids.shape)}"

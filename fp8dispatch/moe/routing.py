@@ -60,7 +60,7 @@ def sort_ids(
     """Sort rows by expert, stably, without waiting; ids below 0 or from `experts` on go last.
 
     Returns:
-        The row at each place, int32 or int64 [T], and inclusive cumulative ends, int32 [E].
+        The row at each place, int32 [T], and inclusive cumulative ends, int32 [E].
     """
     if use_kernels:
         # Imported here because it imports Triton, which is not a requirement of the package.
@@ -77,7 +77,9 @@ def sort_ids(
     in_order = torch.sort(ids, stable=True)
     bounds = torch.arange(experts, device=ids.device)
     ends = torch.searchsorted(in_order.values, bounds, right=True).to(torch.int32)
-    return in_order.indices, ends
+    return in_order.indices.to(
+        torch.int32
+    ), ends  # as from the kernel: one kernel behind serves both
 
 
 def sort_by_expert(expert_ids: torch.Tensor, experts: int) -> SortedRows:
@@ -138,8 +140,21 @@ def check_values(routing: Routing) -> None:
         InvalidInputError: offsets that fall or leave the rows, indices out of range, or two rows
             that are written to one place.
     """
-    rows, offsets = routing.rows, routing.offsets
-    ends = [] if offsets is None else offsets.tolist()
+    named = {
+        name: values
+        for name, values in (
+            ("offsets", routing.offsets),
+            ("gather", routing.gather),
+            ("scatter", routing.scatter),
+        )
+        if values is not None
+    }
+    sizes = [values.shape[0] for values in named.values()]
+    # All in one copy, which waits once.
+    copied = torch.cat([values.long() for values in named.values()]).cpu()
+    on_host = dict(zip(named, torch.split(copied, sizes), strict=True))
+    rows = routing.rows
+    ends = on_host["offsets"].tolist()
     for index, (before, end) in enumerate(zip([0, *ends], ends, strict=False)):
         if end < before:
             raise InvalidInputError(
@@ -151,23 +166,19 @@ def check_values(routing: Routing) -> None:
                 f"offsets must not exceed the {rows} sorted rows, found {end} at index {index}; "
                 f"pass inclusive cumulative ends of these rows"
             )
-    used = ends[-1] if ends else 0
-    for name, index_of, size in (
-        ("gather", routing.gather, routing.inputs),
-        ("scatter", routing.scatter, rows),
-    ):
-        if index_of is None:
+    for name, size in (("gather", routing.inputs), ("scatter", rows)):
+        if name not in on_host:
             continue
-        values = index_of[:used].long()
+        values = on_host[name][: ends[-1]]
         wrong = values[(values < 0) | (values >= size)]
         if wrong.numel():
             raise InvalidInputError(
                 f"{name} must hold rows from 0 to {size - 1}, found {int(wrong[0])} before the "
                 f"last offset; rows that go nowhere belong behind it"
             )
-        if name == "scatter" and bool((torch.bincount(values, minlength=1) > 1).any()):
-            twice = int(torch.bincount(values).argmax())
+        uses = torch.bincount(values, minlength=1)
+        if name == "scatter" and int(uses.max()) > 1:
             raise InvalidInputError(
-                f"scatter must name each row of the output once, found {twice} more than once; "
-                f"sum the rows of one token after the call"
+                f"scatter must name each row of the output once, found {int(uses.argmax())} more "
+                f"than once; sum the rows of one token after the call"
             )

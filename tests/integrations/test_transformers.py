@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,9 @@ def plugged_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The name is registered, and what Transformers knew before comes back."""
     known = theirs.ALL_FP8_EXPERTS_FUNCTIONS._global_mapping
     before = dict(known)
-    monkeypatch.setattr(theirs, "_FINEGRAINED_FP8", None, raising=False)
+    for held in ("_FINEGRAINED_FP8", "_load_finegrained_fp8_kernel"):  # as this release has it
+        if hasattr(theirs, held):
+            monkeypatch.setattr(theirs, held, getattr(theirs, held))
     integration.register_experts()
     yield
     known.clear()
@@ -58,7 +61,7 @@ def route_of(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     """Experts that the routers choose, one tensor for each mixture."""
     chosen: list[torch.Tensor] = []
     hooks = [
-        module.gate.register_forward_hook(lambda _m, _a, out: chosen.append(out[2]))
+        module.experts.register_forward_pre_hook(lambda _m, given: chosen.append(given[1]))
         for module in model.modules()
         if hasattr(module, "experts")
     ]
@@ -374,7 +377,7 @@ def test_the_name_is_registered_once_and_not_taken_from_others(
         tiny.make("qwen3-moe", 1).set_experts_implementation("fp8dispatcher")
 
     monkeypatch.delattr(theirs, "ALL_FP8_EXPERTS_FUNCTIONS")
-    monkeypatch.delattr(theirs, "FineGrainedFP8")
+    monkeypatch.setattr(theirs, "FineGrainedFP8", dataclasses.make_dataclass("Other", ["matmul"]))
     with pytest.raises(BackendUnavailableError, match=r"ALL_FP8_EXPERTS_FUNCTIONS.*transformers 5"):
         integration.register_experts()
     with pytest.raises(BackendUnavailableError, match=r"FineGrainedFP8.*transformers 5"):

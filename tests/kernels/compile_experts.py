@@ -21,7 +21,7 @@ from fp8dispatch.kernels import (
     experts_quantize,
     experts_routing,
 )
-from fp8dispatch.kernels.sorted_rows import SortedRows
+from fp8dispatch.kernels.sorted_rows import NamedRows, SortedRows
 from tests.kernels.compile_targets import E4M3, E4M3_FNUZ, LIMITS, Recorder, facts, fp8
 
 BLOCK = (128, 128)
@@ -63,6 +63,20 @@ def gemm(
         torch.empty(rows, n, dtype=torch.bfloat16),
         block,
         routed(rows, experts, indexed=indexed),
+    )
+
+
+def gemm_named(rows: int, experts: int, n: int = 1024, k: int = 1024) -> None:
+    ids = torch.zeros(rows, dtype=torch.int64)
+    experts_gemm.experts_gemm(
+        fp8(rows, k, E4M3),
+        torch.ones(k // 128, rows).t(),
+        experts_fp8(experts, n, k, E4M3),
+        scales(experts, n, k, BLOCK),
+        None,
+        torch.empty(rows, n, dtype=torch.bfloat16),
+        BLOCK,
+        NamedRows(ids, rows, ids),
     )
 
 
@@ -133,7 +147,8 @@ VARIANTS: dict[int, dict[str, Any]] = {
     89: EVERYWHERE,
     90: EVERYWHERE
     | {
-        "gemm_decode": lambda: gemm(64, 128, BLOCK, n=256, indexed=True),
+        "gemm_decode": lambda: gemm(256, 128, BLOCK, n=256, indexed=True),
+        "gemm_named": lambda: gemm_named(64, 16),
         "gemm_row": lambda: gemm(2048, 8, None, indexed=True),
         "gemm_decoded": lambda: gemm(2048, 8, BLOCK, dtype=E4M3_FNUZ),
         "gemm_odd_block": lambda: gemm(2048, 8, (48, 80), n=1000, k=1000, indexed=True),

@@ -8,7 +8,7 @@ import torch
 from fp8dispatch.kernels import experts_backward, experts_gemm, experts_routing
 from fp8dispatch.kernels.gemm_config import GemmConfig, choose_config
 from fp8dispatch.kernels.launch import DeviceLimits
-from fp8dispatch.kernels.sorted_rows import SortedRows
+from fp8dispatch.kernels.sorted_rows import NamedRows, SortedRows
 from fp8dispatch.moe.routing import clamped_ends, sort_ids
 
 H200 = DeviceLimits(capability=(9, 0), multiprocessors=132, shared_memory=232_448)
@@ -22,7 +22,7 @@ def test_counting_sorts_as_torch_does(experts: int, rows: int, device: str) -> N
     order, ends = sort_ids(ids, experts, use_kernels=True)
     wanted_order, wanted_ends = sort_ids(ids, experts, use_kernels=False)
 
-    assert torch.equal(order.long(), wanted_order)
+    assert torch.equal(order, wanted_order)
     assert torch.equal(ends, wanted_ends)
 
 
@@ -40,6 +40,7 @@ def test_the_schedule_clamps_ends_and_counts_tiles(experts: int, device: str) ->
     rows, block_m = 97, 16
     offsets = torch.randint(-20, 130, (2 * experts,), device=device)[::2]
     offsets[experts // 2 :] += 2**35
+    offsets[0] = -(2**32) + 7  # 7, were it cut to 32 bits before it is clamped
     bounds = torch.empty((2, experts + 1), dtype=torch.int32, device=device)
 
     experts_routing.schedule(offsets, rows, block_m, bounds[0], bounds[1])
@@ -99,6 +100,34 @@ def test_persistent_programs_and_descriptors_give_the_same_bits(
     assert torch.equal(*outs)
     assert not outs[0][44:].any()
     assert outs[0][:44].any(1).all()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_rows_that_name_their_expert_give_the_bits_of_sorted_ones(rows: int, device: str) -> None:
+    """Also where one expert has more rows than a tile."""
+    experts, n, k = 3, 24, 32
+    a = torch.randn(rows, k, device=device).to(torch.float8_e4m3fn)
+    b = torch.randn(experts, n, k, device=device).to(torch.float8_e4m3fn)
+    a_scale = torch.rand(rows, 1, device=device) + 0.1
+    b_scale = torch.rand(experts, n, 1, device=device) + 0.1
+    ids = torch.randint(-2, experts + 2, (rows,), device=device)
+    ids[rows // 4 :: 2] = 1
+    gather = torch.randint(-1, rows, (rows,), device=device)
+    order, ends = sort_ids(ids, experts, use_kernels=False)
+    config = GemmConfig(16, 32, 32, 2, 4, 2, programs_per_sm=0, descriptors=False)
+
+    outs = []
+    for routed in (
+        NamedRows(ids, rows, gather),
+        SortedRows(ends, rows, gather[order], order),
+    ):
+        out = torch.full((rows, n), torch.nan, device=device)
+        experts_gemm.experts_gemm(a, a_scale, b, b_scale, None, out, None, routed, config)
+        outs.append(out)
+
+    assert torch.equal(*outs)
+    reached = (ids >= 0) & (ids < experts) & (gather >= 0)
+    assert torch.equal(outs[0].any(1), reached)
 
 
 def test_sums_of_rows_take_them_in_order(device: str) -> None:

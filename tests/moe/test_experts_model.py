@@ -285,3 +285,17 @@ def test_another_number_of_tokens_does_not_recompile_on_the_same_way(
             torch.testing.assert_close(compiled(x), model(x))
 
     assert len(graphs) == 1
+
+
+@every_route
+def test_exported_with_any_number_of_tokens(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph holds one of the two ways, as the example took it, and no number of tokens."""
+    take(route, monkeypatch)
+    model = Mixture(make_experts(bias=True))
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+
+    program = torch.export.export(model, (torch.randn(6, H),), dynamic_shapes=dynamic)
+
+    for tokens in (2, 6, 33):
+        x = torch.randn(tokens, H)
+        torch.testing.assert_close(program.module()(x), model(x))

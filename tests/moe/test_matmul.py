@@ -166,6 +166,18 @@ def test_a_nan_in_a_weight_does_not_reach_rows_without_an_expert(backend: str) -
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_zeros_in_rows_and_groups_give_zeros_and_no_nan(backend: str) -> None:
+    call = make_call("batched", RECIPES["16x32"], 3, 24, 70, 6, sentinels=0.0)
+    x = call.arguments["x"]
+    x[1], x[2, :32], x[3, 64:] = 0, 0, 0
+
+    out = call.run(backend=backend)
+
+    assert not out[1].any()
+    oracle.assert_matches(out, call.truth(), min_sqnr=-math.inf)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("way", ["batched", "grouped"])
 def test_no_rows_give_an_empty_output(backend: str, way: str) -> None:
     call = make_call(way, ROW, 3, 8, 16, 0)

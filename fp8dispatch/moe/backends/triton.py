@@ -1,7 +1,8 @@
 """Our own portable Triton kernels: every recipe, block size, format, routing and ragged shape.
 
-Two or three launches beside the multiplication: sort the ids (batched calls), quantise the rows
-where they lie, count tiles. None waits for the device, and all depend on shapes alone.
+Beside the multiplication one launch quantises the rows where they lie. Sorted rows take another,
+which counts tiles; rows that name their expert, if they are more than a few, one more, which sorts
+them. None waits for the device, and all depend on shapes alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from fp8dispatch.errors import Refusal
 from fp8dispatch.formats import FLOAT8_DTYPES, activation_float8, dtype_name
 from fp8dispatch.kernels.requirements import CAPABILITIES, MINIMUM_TRITON, refuse_machine
-from fp8dispatch.kernels.sorted_rows import SortedRows
+from fp8dispatch.kernels.sorted_rows import NamedRows, SortedRows
 from fp8dispatch.machine import Machine
 from fp8dispatch.moe.backends.contract import ExpertBackend, ExpertWeights
 from fp8dispatch.moe.routing import Routing
@@ -44,14 +45,14 @@ class Triton(ExpertBackend):
         routing: Routing,
         problem: ExpertsProblem,
     ) -> torch.Tensor:
-        from fp8dispatch.kernels.experts_gemm import experts_gemm
+        from fp8dispatch.kernels.experts_gemm import MOST_NAMED_ROWS, experts_gemm
 
-        sorted_rows = routing.sort(use_kernels=True)
-        allocate = torch.empty if sorted_rows.complete else torch.zeros
         dtype = getattr(torch, problem.out_dtype)
-        out = allocate((routing.rows, problem.n), dtype=dtype, device=x.device)
+        routed: SortedRows | NamedRows
         if activation_scale is not None and problem.static_per_expert:
-            data, scale, sorted_rows = _quantize_for_each(x, weights, activation_scale, sorted_rows)
+            sorted_rows = routing.sort(use_kernels=True)
+            data, scale, routed = _quantize_for_each(x, weights, activation_scale, sorted_rows)
+            complete = routed.complete
         else:
             data, scale = dynamic.quantize(
                 x,
@@ -60,10 +61,18 @@ class Triton(ExpertBackend):
                 None if activation_scale is None else activation_scale[:1],
                 use_kernels=True,
             )
+            ids = routing.expert_ids
+            if ids is not None and routing.rows <= MOST_NAMED_ROWS:
+                routed, complete = NamedRows(ids, routing.rows, routing.gather), True
+            else:
+                routed = routing.sort(use_kernels=True)
+                complete = routed.complete
+        allocate = torch.empty if complete else torch.zeros
+        out = allocate((routing.rows, problem.n), dtype=dtype, device=x.device)
         weight_scale = kernel_scale(weights)
         scale = scale.expand(data.shape[0], weight_scale.shape[2])
         block = weights.recipe.block_size
-        experts_gemm(data, scale, weights.data, weight_scale, bias, out, block, sorted_rows)
+        experts_gemm(data, scale, weights.data, weight_scale, bias, out, block, routed)
         return out
 
 
