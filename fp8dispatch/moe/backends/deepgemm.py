@@ -18,11 +18,11 @@ from importlib import import_module
 
 import torch
 
+from fp8dispatch.backends.compute.operands import on_device
 from fp8dispatch.backends.deepgemm import BACKEND as LINEAR
 from fp8dispatch.backends.library import (
     GROUP,
     Warmed,
-    on_device,
     refuse_block,
     refuse_operands,
 )
