@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fp8dispatch.kernels import dequantize, float8, quantize_activation, scaled_gemm
+from fp8dispatch.kernels import dequantize, float8, grad_input, quantize_activation, scaled_gemm
 from fp8dispatch.kernels.launch import DeviceLimits
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -131,11 +131,20 @@ def weight(block_size: tuple[int, int] | None, dtype: torch.dtype) -> None:
     dequantize.dequantize_weight(fp8(1024, 1024, dtype), scale, out, block_size)
 
 
+def grad(m: int, block_size: tuple[int, int] | None, weight_dtype: torch.dtype, dtype: str) -> None:
+    n, k = 1024, 2048
+    dy = torch.empty(m, n, dtype=getattr(torch, dtype))
+    scale = torch.ones(n, 1) if block_size is None else torch.ones(n, k)
+    out = torch.empty(m, k, dtype=dy.dtype)
+    grad_input.grad_input(dy, fp8(n, k, weight_dtype), scale, out, block_size)
+
+
 BLOCK = (128, 128)
 DECODED = {  # formats that the target cannot multiply: these run everywhere
     "groups": lambda: groups(2048, 128, E4M3_FNUZ),
     "gemm_block": lambda: gemm(2048, BLOCK, formats=(E4M3_FNUZ, E5M2_FNUZ), bias=True),
     "weight": lambda: weight(BLOCK, E4M3_FNUZ),
+    "grad": lambda: grad(2048, BLOCK, E4M3_FNUZ, "bfloat16"),
 }
 NATIVE = {
     "groups": lambda: groups(2048, 128, E4M3),
@@ -143,6 +152,7 @@ NATIVE = {
     "gemm_small": lambda: gemm(8, BLOCK),
     "gemm_row": lambda: gemm(2048, None, formats=(E4M3, E5M2), bias=True),
     "weight": lambda: weight(BLOCK, E4M3),
+    "grad": lambda: grad(2048, BLOCK, E4M3, "bfloat16"),
 }
 VARIANTS: dict[int, dict[str, Any]] = {
     # FP8 of any kind is bytes here, so the OCP formats are compiled as bytes too.
@@ -153,7 +163,7 @@ VARIANTS: dict[int, dict[str, Any]] = {
         "rows": lambda: rows(256, 2048, E4M3),
         "static": lambda: static(E4M3),
     },
-    89: NATIVE,
+    89: NATIVE | {"grad_group": lambda: grad(2048, (1, 32), E4M3, "bfloat16")},
     90: NATIVE
     | {
         "gemm_decoded": DECODED["gemm_block"],
@@ -168,6 +178,9 @@ VARIANTS: dict[int, dict[str, Any]] = {
         "rows_long": lambda: rows(256, 65536, E4M3),
         "static": lambda: static(E4M3),
         "weight_odd": lambda: weight((48, 80), E5M2),
+        "grad_few": lambda: grad(16, BLOCK, E4M3, "bfloat16"),
+        "grad_row": lambda: grad(2048, None, E5M2, "float16"),
+        "grad_group": lambda: grad(2048, (1, 32), E4M3, "bfloat16"),
     },
     100: NATIVE,
     120: NATIVE,
