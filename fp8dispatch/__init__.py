@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         UnsupportedTransformError,
     )
     from fp8dispatch.explanation import explain
+    from fp8dispatch.fused_linear import rms_norm_linear, silu_mul_linear
     from fp8dispatch.integrations.finegrained_fp8 import fp8_act_quant, w8a8_block_fp8_matmul
     from fp8dispatch.integrations.unsloth import (
         FbgemmFp8Linear_matmul,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from fp8dispatch.prepare import invalidate
     from fp8dispatch.problem import Accuracy, LinearProblem
     from fp8dispatch.quantization.activation import QuantizedActivation
+    from fp8dispatch.quantization.fused_activation import rms_norm_quantize, silu_mul_quantize
     from fp8dispatch.quantization.weight import dequantize, quantize
     from fp8dispatch.recipe import Granularity, Recipe
     from fp8dispatch.router import Assessment, Decision, Standing
@@ -73,6 +75,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "UnsupportedTransformError",
     ),
     "explanation": ("explain",),
+    "fused_linear": ("rms_norm_linear", "silu_mul_linear"),
     "integrations.finegrained_fp8": ("fp8_act_quant", "w8a8_block_fp8_matmul"),
     "integrations.unsloth": (
         "FP8BlockQuantLinear",
@@ -91,6 +94,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "prepare": ("invalidate",),
     "problem": ("Accuracy", "LinearProblem"),
     "quantization.activation": ("QuantizedActivation",),
+    "quantization.fused_activation": ("rms_norm_quantize", "silu_mul_quantize"),
     "quantization.weight": ("dequantize", "quantize"),
     "recipe": ("Granularity", "Recipe"),
     "router": ("Assessment", "Decision", "Standing"),
@@ -140,7 +144,11 @@ __all__ = [
     "invalidate",
     "quantize",
     "reload_environment",
+    "rms_norm_linear",
+    "rms_norm_quantize",
     "set_backend",
+    "silu_mul_linear",
+    "silu_mul_quantize",
     "stats",
     "use_backend",
     "w8a8_block_fp8_matmul",

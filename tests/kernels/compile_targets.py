@@ -25,7 +25,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fp8dispatch.kernels import dequantize, float8, grad_input, quantize_activation, scaled_gemm
+from fp8dispatch.kernels import (
+    dequantize,
+    float8,
+    fused_quantize,
+    grad_input,
+    quantize_activation,
+    scaled_gemm,
+)
 from fp8dispatch.kernels.launch import DeviceLimits
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -139,12 +146,27 @@ def grad(m: int, block_size: tuple[int, int] | None, weight_dtype: torch.dtype, 
     grad_input.grad_input(dy, fp8(n, k, weight_dtype), scale, out, block_size)
 
 
+def norm(k: int, group: int, dtype: torch.dtype = E4M3, *, residual: bool = True) -> None:
+    x = torch.empty(256, k, dtype=torch.bfloat16)
+    other, total = (x, x) if residual else (None, None)
+    scale = torch.empty(-(-k // group), 256).t()
+    fused_quantize.rms_norm_quantize(x, x[0], 1e-6, fp8(256, k, dtype), scale, group, other, total)
+
+
+def silu(m: int, k: int, group: int, dtype: torch.dtype = E4M3) -> None:
+    gate, up = torch.empty(m, 2 * k, dtype=torch.bfloat16).chunk(2, 1)
+    scale = torch.empty(-(-k // group), m).t()
+    fused_quantize.silu_mul_quantize(gate, up, fp8(m, k, dtype), scale, group)
+
+
 BLOCK = (128, 128)
 DECODED = {  # formats that the target cannot multiply: these run everywhere
     "groups": lambda: groups(2048, 128, E4M3_FNUZ),
     "gemm_block": lambda: gemm(2048, BLOCK, formats=(E4M3_FNUZ, E5M2_FNUZ), bias=True),
     "weight": lambda: weight(BLOCK, E4M3_FNUZ),
     "grad": lambda: grad(2048, BLOCK, E4M3_FNUZ, "bfloat16"),
+    "norm": lambda: norm(7168, 128, E4M3_FNUZ),
+    "silu": lambda: silu(2048, 7168, 128, E4M3_FNUZ),
 }
 NATIVE = {
     "groups": lambda: groups(2048, 128, E4M3),
@@ -153,6 +175,8 @@ NATIVE = {
     "gemm_row": lambda: gemm(2048, None, formats=(E4M3, E5M2), bias=True),
     "weight": lambda: weight(BLOCK, E4M3),
     "grad": lambda: grad(2048, BLOCK, E4M3, "bfloat16"),
+    "norm": lambda: norm(7168, 128),
+    "silu": lambda: silu(2048, 7168, 128),
 }
 VARIANTS: dict[int, dict[str, Any]] = {
     # FP8 of any kind is bytes here, so the OCP formats are compiled as bytes too.
@@ -178,6 +202,12 @@ VARIANTS: dict[int, dict[str, Any]] = {
         "rows_long": lambda: rows(256, 65536, E4M3),
         "static": lambda: static(E4M3),
         "weight_odd": lambda: weight((48, 80), E5M2),
+        "norm_row": lambda: norm(16384, 16384, residual=False),
+        "norm_long": lambda: norm(32768, 128),
+        "norm_long_row": lambda: norm(32768, 32768),
+        "silu_few": lambda: silu(16, 7168, 128),
+        "silu_row": lambda: silu(2048, 14336, 14336),
+        "silu_long_row": lambda: silu(2048, 53248, 53248),
         "grad_few": lambda: grad(16, BLOCK, E4M3, "bfloat16"),
         "grad_row": lambda: grad(2048, None, E5M2, "float16"),
         "grad_group": lambda: grad(2048, (1, 32), E4M3, "bfloat16"),

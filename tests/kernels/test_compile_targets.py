@@ -103,6 +103,13 @@ def test_gradients_multiply_16_bit_tiles_without_spilling(
         assert facts["fp8_mma"] == facts["fp8_wgmma"] == facts["stack"] == 0, name
 
 
+def test_fused_quantisers_stay_in_registers(report: dict[str, dict[str, Any]]) -> None:
+    found = {name: facts for name, facts in report.items() if ".norm" in name or ".silu" in name}
+    assert len(found) == 16
+    for name, facts in found.items():
+        assert facts["stack"] == facts["local"] == 0, name
+
+
 def test_cards_without_fp8_get_no_fp8_instruction(report: dict[str, dict[str, Any]]) -> None:
     for name, facts in report.items():
         if name.startswith("80."):
