@@ -31,6 +31,7 @@ _MODULES: dict[str, str] = {
     "triton": "fp8dispatch.backends.triton",
     "gluon": "fp8dispatch.backends.gluon",
     "torchao": "fp8dispatch.backends.torchao",
+    "weight_only": "fp8dispatch.backends.weight_only",
     "eager": "fp8dispatch.backends.eager",
 }
 

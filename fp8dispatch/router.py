@@ -19,7 +19,12 @@ from fp8dispatch.problem import LinearProblem
 
 
 class Candidate(Protocol):
-    """The two questions that the router asks of a backend."""
+    """What the router asks of a backend."""
+
+    @property
+    def opt_in(self) -> str:
+        """Why it runs only where the policy names it; empty where it needs no naming."""
+        ...
 
     def refuse_machine(self, machine: Machine) -> tuple[Refusal, ...]:
         """Why the backend cannot run on this machine at all; empty when it can."""
@@ -164,9 +169,7 @@ def select(
     chosen: str | None = None
     assessments: list[Assessment] = []
     for name in policy.order(names):
-        backend = load(name)
-        # A machine that cannot run the backend makes its demands on the call meaningless.
-        reasons = backend.refuse_machine(machine) or backend.refuse_problem(problem, machine)
+        reasons = refusals_of(name, load(name), problem, machine, policy)
         standing = None
         if not reasons and chosen is None and judge is not None:
             standing = judge(name)
@@ -184,6 +187,23 @@ def select(
         )
     stated = f"as stated by {policy.source}" if policy.only else route
     return Decision(chosen, problem, machine, policy.source, stated, tuple(assessments))
+
+
+def refusals_of(
+    name: str, backend: Candidate, problem: LinearProblem, machine: Machine, policy: Policy
+) -> tuple[Refusal, ...]:
+    """Every reason why a backend does not run a call, its numbers here apart."""
+    # A machine that cannot run the backend makes its demands on the call meaningless.
+    reasons = backend.refuse_machine(machine) or backend.refuse_problem(problem, machine)
+    return (*refuse_unnamed(name, backend, policy), *reasons)
+
+
+def refuse_unnamed(name: str, backend: Candidate, policy: Policy) -> tuple[Refusal, ...]:
+    """The refusal of a backend that must be asked for by name and was not; else empty."""
+    if not backend.opt_in or name in policy.only:
+        return ()
+    need = f'to be named (backend="{name}"), since {backend.opt_in}'
+    return (Refusal("opt-in", need, "a call that does not name it"),)
 
 
 def _render(refusals: tuple[tuple[str, tuple[Refusal, ...]], ...]) -> list[str]:

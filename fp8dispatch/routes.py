@@ -80,9 +80,10 @@ def measured() -> tuple[Route, ...]:
 # Where nothing was measured: on Hopper the libraries that are installed for this, the vendor's GEMM
 # and then ours. Elsewhere the vendor's GEMM and our kernels come first: TorchAO's kernel is as
 # portable as ours and times 48 configurations at the first call of each size, and the block kernels
-# of the others do not run there at all.
-_HOPPER = ("fbgemm", "mslk", "cublaslt", "torchao", "triton", "gluon", "deepgemm")
-_OTHERS = ("cublaslt", "triton", "torchao", "fbgemm", "mslk", "deepgemm", "gluon")
+# of the others do not run there at all. Last are those that a call must name to get.
+_NAMED = ("weight_only",)
+_HOPPER = ("fbgemm", "mslk", "cublaslt", "torchao", "triton", "gluon", "deepgemm", *_NAMED)
+_OTHERS = ("cublaslt", "triton", "torchao", "fbgemm", "mslk", "deepgemm", "gluon", *_NAMED)
 
 
 def order_for(

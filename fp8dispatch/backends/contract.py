@@ -64,8 +64,20 @@ class Backend(ABC):
     quantizes_with_kernels: ClassVar[bool | None] = None
     """Quantise with our Triton kernels or in plain torch; None takes the kernels on a GPU."""
     accuracies: ClassVar[frozenset[Accuracy]] = frozenset({Accuracy.EXACT})
+    opt_in: ClassVar[str] = ""
+    """Why it runs only where the policy names it, worded to follow "since"; empty: no need to."""
+    quantizes_activations: ClassVar[bool] = True
+    """`linear` multiplies FP8 activations. False gives other numbers, and needs `opt_in`."""
     batch_invariant: ClassVar[bool] = False
     """Computes each row alike whatever M is, bit for bit, where the problem asks for that."""
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.quantizes_activations and not cls.opt_in:
+            raise TypeError(
+                f"{cls.__name__} needs opt_in to say why it must be named, found "
+                f"quantizes_activations=False, whose numbers nobody may get unasked"
+            )
 
     def is_verified(self, machine: Machine) -> bool:
         """This native code has been seen to run on this kind of machine."""

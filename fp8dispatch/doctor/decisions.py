@@ -28,7 +28,14 @@ from fp8dispatch.machine import Machine
 from fp8dispatch.policy import Policy
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR, Granularity, Recipe, infer_recipe
-from fp8dispatch.router import Assessment, Decision, Standing, select
+from fp8dispatch.router import (
+    Assessment,
+    Decision,
+    Standing,
+    refusals_of,
+    refuse_unnamed,
+    select,
+)
 
 RECIPES = (
     TENSOR,
@@ -59,6 +66,10 @@ class _Asked:
         except Exception as error:  # noqa: BLE001  # its error is its refusal, others go on
             self._backend = None
             self._broken = _failure("import", f"the module of {name} to load", error)
+
+    @property
+    def opt_in(self) -> str:
+        return "" if self._backend is None else self._backend.opt_in
 
     def refuse_machine(self, machine: Machine) -> tuple[Refusal, ...]:
         if self._backend is None or self._broken is not None:
@@ -160,7 +171,8 @@ class Examination:
 
     def _backend(self, name: str) -> BackendRecord:
         asked = self._candidates[name]
-        reasons = asked.refuse_machine(self.device.machine)
+        reasons = refuse_unnamed(name, asked, self.allowed)  # tested only where it is named
+        reasons += asked.refuse_machine(self.device.machine)
         if reasons:
             return BackendRecord(name=name, refusals=_refusals(name, reasons))
         recipes = tuple(self._recipe(name, asked, recipe) for recipe in RECIPES)
@@ -220,8 +232,8 @@ class Examination:
 
     def _refused(self, problem: LinearProblem, name: str) -> AssessmentRecord:
         """Why one backend does not run a call that none of them runs, as the router has it."""
-        machine, asked = self.device.machine, self._candidates[name]
-        reasons = asked.refuse_machine(machine) or asked.refuse_problem(problem, machine)
+        asked = self._candidates[name]
+        reasons = refusals_of(name, asked, problem, self.device.machine, self.allowed)
         if not reasons:
             standing = self._standing(name, problem.recipe)
             found = f"{standing.verdict} ones: {standing.reason}"

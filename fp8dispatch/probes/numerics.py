@@ -4,7 +4,8 @@ A backend runs a few small calls that are made to fail where such code goes wron
 (not a multiple of 4), N = 272 and K = 640 are ragged for tiles and for padding to four blocks,
 scales differ in every block and lie between powers of two, one row of X is zero and one block of
 the weight is far larger than the others. Memory that the output will get is filled with NaN first.
-The truth is computed on the CPU in float64 from the same quantised operands.
+The truth is computed on the CPU in float64 from the same operands: quantised, or for a backend that
+leaves activations alone as they are.
 
 Each output is judged by element and by row. ``mass`` is the sum of the absolute products plus
 |bias|, so a zeroed or scrambled row cannot hide behind large neighbours:
@@ -108,7 +109,7 @@ class _Case:
 class _Operands:
     """The tensors of one case, on the CPU and on the device, and the truth in float64."""
 
-    def __init__(self, case: _Case, device: torch.device) -> None:
+    def __init__(self, case: _Case, device: torch.device, *, quantizes: bool) -> None:
         problem, self.case = case.problem, case
         generator = torch.Generator(device="cpu").manual_seed(case.seed)
         recipe, k = problem.recipe, problem.k
@@ -125,6 +126,8 @@ class _Operands:
             bias = _normal((problem.n,), generator).to(getattr(torch, case.bias_dtype))
 
         wide_x = plain.data.float().double() * _spread(plain.scale, 1, group, plain.data.shape)
+        if not quantizes and not case.quantized:
+            wide_x = x.double()
         rows = 1 if recipe.granularity is not Granularity.TENSOR else problem.n
         rows = rows if recipe.block_size is None else recipe.block_size[0]
         wide_weight = data.float().double() * _spread(
@@ -190,10 +193,11 @@ def run_canary(backend: Backend, device: torch.device, recipe: Recipe) -> Canary
     worst = 0.0
     with torch.autocast(device.type, enabled=False):
         for case in cases:
-            operands = _Operands(case, device)
+            operands = _Operands(case, device, quantizes=backend.quantizes_activations)
             out = operands.run(backend)
             synchronize(device)
-            share, problem = _judge(out, operands)
+            own_quantiser = backend.quantizes_activations and not case.quantized
+            share, problem = _judge(out, operands, own_quantiser=own_quantiser)
             worst = max(worst, share)
             if problem is not None:
                 return CanaryResult(False, f"{case}: {problem}", worst)
@@ -256,7 +260,7 @@ def _cases(backend: Backend, shaped: LinearProblem, rows: list[int]) -> Iterator
         yield case(replace(last, accuracy=Accuracy.FAST), None, quantized=True)
 
 
-def _judge(out: object, operands: _Operands) -> tuple[float, str | None]:
+def _judge(out: object, operands: _Operands, *, own_quantiser: bool) -> tuple[float, str | None]:
     """Share of the bound that the output uses, and what is wrong with it."""
     problem = operands.case.problem
     if not isinstance(out, torch.Tensor):
@@ -270,7 +274,6 @@ def _judge(out: object, operands: _Operands) -> tuple[float, str | None]:
         row, column = (int(index) for index in (~finite).nonzero()[0])
         missing = int((~finite).sum())
         return math.inf, f"{missing} values are not finite, the first at row {row}, {column}"
-    own_quantiser = not operands.case.quantized
     error = (got - operands.value).abs()
     bound = ROUNDOFF[problem.out_dtype] * operands.value.abs()
     bound += ACCUMULATION[problem.accuracy] * operands.mass + SUBNORMAL[problem.out_dtype] + 1e-30

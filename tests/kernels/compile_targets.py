@@ -116,6 +116,13 @@ def gemm(
     scaled_gemm.scaled_gemm(a, a_scale, b, b_scale, bias_tensor, out, block_size)
 
 
+def wide(m: int, dtype: torch.dtype, block_size: tuple[int, int] | None) -> None:
+    n, k = 4096, 1024
+    x, out = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype)
+    scale = torch.ones(n, 1) if block_size is None else torch.ones(n, k)
+    scaled_gemm.scaled_gemm(x, None, fp8(n, k, E4M3), scale, None, out, block_size)
+
+
 def groups(m: int, group_size: int, dtype: torch.dtype, k: int = 2048) -> None:
     x = torch.empty(m, k, dtype=torch.bfloat16)
     scale = torch.empty(-(-k // group_size), m).t()
@@ -165,6 +172,8 @@ DECODED = {  # formats that the target cannot multiply: these run everywhere
     "gemm_block": lambda: gemm(2048, BLOCK, formats=(E4M3_FNUZ, E5M2_FNUZ), bias=True),
     "weight": lambda: weight(BLOCK, E4M3_FNUZ),
     "grad": lambda: grad(2048, BLOCK, E4M3_FNUZ, "bfloat16"),
+    "gemm_wide": lambda: wide(2048, torch.bfloat16, BLOCK),
+    "gemm_wide_few": lambda: wide(64, torch.float16, None),
     "norm": lambda: norm(7168, 128, E4M3_FNUZ),
     "silu": lambda: silu(2048, 7168, 128, E4M3_FNUZ),
 }
@@ -175,6 +184,8 @@ NATIVE = {
     "gemm_row": lambda: gemm(2048, None, formats=(E4M3, E5M2), bias=True),
     "weight": lambda: weight(BLOCK, E4M3),
     "grad": lambda: grad(2048, BLOCK, E4M3, "bfloat16"),
+    "gemm_wide": lambda: wide(2048, torch.bfloat16, BLOCK),
+    "gemm_wide_few": lambda: wide(64, torch.float16, None),
     "norm": lambda: norm(7168, 128),
     "silu": lambda: silu(2048, 7168, 128),
 }
@@ -187,7 +198,11 @@ VARIANTS: dict[int, dict[str, Any]] = {
         "rows": lambda: rows(256, 2048, E4M3),
         "static": lambda: static(E4M3),
     },
-    89: NATIVE | {"grad_group": lambda: grad(2048, (1, 32), E4M3, "bfloat16")},
+    89: NATIVE
+    | {
+        "gemm_wide_fp32": lambda: wide(2048, torch.float32, BLOCK),
+        "grad_group": lambda: grad(2048, (1, 32), E4M3, "bfloat16"),
+    },
     90: NATIVE
     | {
         "gemm_decoded": DECODED["gemm_block"],
