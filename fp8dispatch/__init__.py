@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         UnsupportedTransformError,
     )
     from fp8dispatch.explanation import explain
+    from fp8dispatch.fused_linear import rms_norm_linear, silu_mul_linear
     from fp8dispatch.integrations.finegrained_fp8 import (
         fp8_act_quant,
         w8a8_block_fp8_matmul,
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from fp8dispatch.prepare import invalidate
     from fp8dispatch.problem import Accuracy, LinearProblem
     from fp8dispatch.quantization.activation import QuantizedActivation
+    from fp8dispatch.quantization.fused_activation import rms_norm_quantize, silu_mul_quantize
     from fp8dispatch.quantization.groups import pack_to_fp8_e4m3
     from fp8dispatch.quantization.kv_cache import KVCacheQuantizer, KVScales
     from fp8dispatch.quantization.weight import dequantize, quantize
@@ -108,6 +110,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "UnsupportedTransformError",
     ),
     "explanation": ("explain",),
+    "fused_linear": ("rms_norm_linear", "silu_mul_linear"),
     "integrations.finegrained_fp8": (
         "fp8_act_quant",
         "w8a8_block_fp8_matmul",
@@ -143,6 +146,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "prepare": ("invalidate",),
     "problem": ("Accuracy", "LinearProblem"),
     "quantization.activation": ("QuantizedActivation",),
+    "quantization.fused_activation": ("rms_norm_quantize", "silu_mul_quantize"),
     "quantization.groups": ("pack_to_fp8_e4m3",),
     "quantization.kv_cache": ("KVCacheQuantizer", "KVScales"),
     "quantization.weight": ("dequantize", "quantize"),
@@ -217,7 +221,11 @@ __all__ = [
     "quantize",
     "quantize_experts",
     "reload_environment",
+    "rms_norm_linear",
+    "rms_norm_quantize",
     "set_backend",
+    "silu_mul_linear",
+    "silu_mul_quantize",
     "stats",
     "unpack",
     "use_backend",

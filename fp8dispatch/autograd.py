@@ -13,11 +13,15 @@ from fp8dispatch.checks import VMAP_REFUSED, unwrapped
 from fp8dispatch.errors import FrozenWeightError, UnsupportedTransformError
 from fp8dispatch.execute import LinearCall
 from fp8dispatch.prepare import weight_scale_fp32
-from fp8dispatch.quantization.weight import dequantize_strip
-from fp8dispatch.recipe import Recipe
+from fp8dispatch.probes.device import runs_kernels
+from fp8dispatch.quantization.weight import block_of, dequantize_strip
+from fp8dispatch.recipe import Recipe, ceil_div
 
 STRIP_ELEMENTS = 1 << 25
 """Most elements of the weight that backward holds dequantised at a time (64 MiB in bf16)."""
+
+KERNEL_CAPABILITIES: tuple[tuple[int, int], ...] = ()
+"""Where the kernel for dX has been seen to compute right numbers; a gradient has no canary."""
 
 
 def apply(
@@ -133,16 +137,39 @@ def _grad_input(
     return grad_input(grad, data, fp32_scale, call.recipe)
 
 
+def dequantizes_in_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether our kernel computes dX of a gradient of this dtype, instead of `torch.mm`.
+
+    An fp32 gradient stays with torch, which multiplies it as ``float32_matmul_precision`` says.
+    """
+    return (
+        dtype != torch.float32
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) in KERNEL_CAPABILITIES
+        and runs_kernels(device)
+    )
+
+
 def grad_input(
     grad: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, recipe: Recipe
 ) -> torch.Tensor:
-    """dX [M, K] = dY [M, N] @ dequantised(W) [N, K], strip by strip over K, in dY's dtype.
+    """dX [M, K] = dY [M, N] @ dequantised(W) [N, K] in dY's dtype, summed in fp32.
 
-    Each strip of columns is complete in itself, so nothing is summed across strips; at most
-    `STRIP_ELEMENTS` of the weight (or one block's width) exist dequantised at a time.
+    Where `dequantizes_in_kernel`, no element of the weight exists dequantised in memory. Else it
+    goes strip by strip over K: each strip of columns is complete in itself, so nothing is summed
+    across strips; at most `STRIP_ELEMENTS` of the weight (or one block's width) exist dequantised
+    at a time.
     """
     n, k = data.shape
     out = torch.empty((grad.shape[0], k), dtype=grad.dtype, device=grad.device)
+    if dequantizes_in_kernel(grad.device, grad.dtype):
+        # Imported here because it imports Triton, which is not a requirement of the package.
+        from fp8dispatch.kernels import grad_input as kernel
+
+        rows, width = block_of(recipe, n, k)
+        grid = scale.reshape(ceil_div(n, rows), ceil_div(k, width))
+        kernel.grad_input(grad, data, grid, out, (rows, width))
+        return out
     width = recipe.block_size[1] if recipe.block_size is not None else 128
     strip = max(STRIP_ELEMENTS // n // width, 1) * width
     for start in range(0, k, strip):

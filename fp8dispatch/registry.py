@@ -32,6 +32,7 @@ _MODULES: dict[str, str] = {
     "triton": "fp8dispatch.backends.triton",
     "gluon": "fp8dispatch.backends.gluon",
     "torchao": "fp8dispatch.backends.torchao",
+    "weight_only": "fp8dispatch.backends.weight_only",
     "fbgemm_tile": "fp8dispatch.backends.fbgemm_tile",
     "mslk_tile": "fp8dispatch.backends.mslk_tile",
     "eager": "fp8dispatch.backends.eager",

@@ -81,7 +81,7 @@ def measured() -> tuple[Route, ...]:
 # and then ours. Elsewhere the vendor's GEMM and our kernels come first: TorchAO's kernel is as
 # portable as ours and times 48 configurations at the first call of each size, and the block kernels
 # of the others do not run there at all. Last are those that a call must name to get.
-_NAMED = ("fbgemm_tile", "mslk_tile")
+_NAMED = ("weight_only", "fbgemm_tile", "mslk_tile")
 _HOPPER = ("fbgemm", "mslk", "cublaslt", "torchao", "triton", "gluon", "deepgemm", *_NAMED)
 _OTHERS = ("cublaslt", "triton", "torchao", "fbgemm", "mslk", "deepgemm", "gluon", *_NAMED)
 

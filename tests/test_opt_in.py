@@ -27,6 +27,7 @@ from tests.backends import fake_cutlass
 from tests.backends.cases import BLOCK, H200, L40S, blocks
 
 TILES = ("fbgemm_tile", "mslk_tile")
+NAMED = ("weight_only", *TILES)
 REASON = (
     'needs to be named (backend="fbgemm_tile"), since it scales activations in 128x128 tiles, '
     "which gives other numbers than one scale per token and 128 columns, found a call that does "
@@ -62,7 +63,7 @@ def test_no_default_order_gets_to_it(m: int, accuracy: Accuracy) -> None:
 
 def test_no_exclusion_gets_to_it() -> None:
     """Whatever else is excluded, and when nothing else is left."""
-    others = [name for name in registry.NAMES if name not in TILES]
+    others = [name for name in registry.NAMES if name not in NAMED]
     asked: list[str] = []
     for count in (1, 2, len(others) - 1):
         for excluded in itertools.combinations(others, count):
@@ -104,7 +105,7 @@ def test_its_other_refusals_are_told_beside_it() -> None:
 def test_they_are_last_before_plain_torch(capability: tuple[int, int] | None, recipe: str) -> None:
     problem = blocks(recipe=oracle.RECIPES[recipe])
     order, _ = routes.order_for(problem, replace(H200, capability=capability), registry.NAMES)
-    assert order[-3:] == (*TILES, "eager")
+    assert order[-4:] == (*NAMED, "eager")
 
 
 def test_shared_scales_must_be_opted_into() -> None:

@@ -71,6 +71,8 @@ class Capability(ABC):
     quantizes_with_kernels: ClassVar[bool | None] = None
     """Quantise with our Triton kernels or in plain torch; None takes the kernels on a GPU."""
     accuracies: ClassVar[frozenset[Accuracy]] = frozenset({Accuracy.EXACT})
+    quantizes_activations: ClassVar[bool] = True
+    """`linear` multiplies FP8 activations. False gives other numbers, and needs `opt_in`."""
     batch_invariant: ClassVar[bool] = False
     """Computes each row alike whatever M is, bit for bit, where the problem asks for that."""
     opt_in: ClassVar[str] = ""
@@ -81,11 +83,16 @@ class Capability(ABC):
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.rows_per_scale != 1 and not cls.opt_in:
-            raise TypeError(
-                f"{cls.__name__} needs opt_in to say why it must be named, found "
-                f"rows_per_scale={cls.rows_per_scale}, whose numbers nobody may get unasked"
-            )
+        others = (
+            (cls.rows_per_scale != 1, f"rows_per_scale={cls.rows_per_scale}"),
+            (not cls.quantizes_activations, "quantizes_activations=False"),
+        )
+        for differs, found in others:
+            if differs and not cls.opt_in:
+                raise TypeError(
+                    f"{cls.__name__} needs opt_in to say why it must be named, found {found}, "
+                    f"whose numbers nobody may get unasked"
+                )
 
     def is_verified(self, machine: Machine) -> bool:
         """This native code has been seen to run on this kind of machine."""

@@ -28,6 +28,7 @@ E5M2 = tl.constexpr(1)
 E4M3FNUZ = tl.constexpr(2)
 E5M2FNUZ = tl.constexpr(3)
 NATIVE = tl.constexpr(-1)  # the tensor keeps its FP8 dtype and Triton converts it
+WIDE = tl.constexpr(-2)  # no FP8: bfloat16, float16 or float32, taken as it is
 
 # By format code. The largest finite values are `fp8dispatch.formats.max_value`.
 MANTISSA_BITS = tl.constexpr((3, 2, 3, 2))

@@ -10,7 +10,7 @@ Evidence: one H200, M x N x K = 4096 x 7168 x 2048, block (128, 128), Triton 3.6
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fp8dispatch.kernels.launch import DeviceLimits, ceil_div
 
@@ -108,6 +108,20 @@ def choose_config(
         # A chunk must tile the scale block, because TMA masks only at the tensor's edge.
         descriptors=descriptors and not small and not masked,
     )
+
+
+def fit_wide(config: GemmConfig, itemsize: int, limits: DeviceLimits) -> GemmConfig:
+    """The same tile with as many stages as fit where `a` has `itemsize` bytes an element.
+
+    The tile of `b` exists twice: as bytes in each stage, and once in the dtype of `a`. Four bytes
+    are multiplied on the CUDA cores, out of registers, which hold a quarter of the tile.
+    """
+    if itemsize == 4:
+        columns, depth = min(config.block_n, 64), min(config.block_k, 32)
+        config = replace(config, block_n=columns, block_k=depth, num_warps=8)
+    stage = (itemsize * config.block_m + config.block_n) * config.block_k
+    room = limits.shared_memory - _SHARED_RESERVE - itemsize * config.block_n * config.block_k
+    return replace(config, num_stages=max(1, min(config.num_stages, room // stage)))
 
 
 def chunk_of(block_k: int | None, largest: int, upcast: bool) -> int:

@@ -17,8 +17,10 @@ The scales of the next chunk are loaded before the dot of this one, so that thei
 under it; loaded and multiplied in the same turn they delay each dot by a trip to L2.
 
 Formats that the device cannot multiply are viewed as bytes, decoded to float16 (exact) and
-multiplied there. Ragged edges are masked; masked operands are zero on both sides, so NaN codes
-beyond an edge cannot arise, and a NaN row of `a` stays in its row. Row offsets are 64-bit.
+multiplied there. Without scales of their own, `a` are unquantised activations: the weight's codes
+are widened to their dtype, which holds every code exactly, and the same promotion applies. Ragged
+edges are masked; masked operands are zero on both sides, so NaN codes beyond an edge cannot arise,
+and a NaN row of `a` stays in its row. Row offsets are 64-bit.
 
 Limits: no split along K, so M <= 64 with a small N leaves SMs idle; no column-major fast path, a
 transposed `b` is right but its loads are turned around in registers. Tile choice and what was tried
@@ -33,10 +35,17 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fp8dispatch.kernels.float8 import NATIVE, decode_float8, kernel_operand
-from fp8dispatch.kernels.gemm_config import GemmConfig, choose_config
+from fp8dispatch.kernels.float8 import (
+    FORMAT_CODES,
+    NATIVE,
+    WIDE,
+    decode_float8,
+    kernel_operand,
+)
+from fp8dispatch.kernels.gemm_config import GemmConfig, choose_config, fit_wide
 from fp8dispatch.kernels.interpreter import cast_output
 from fp8dispatch.kernels.launch import FP_FUSION, ceil_div, device_limits, on_device_of
+from fp8dispatch.kernels.weight_tile import dot_operand
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +56,7 @@ _TMA_ALIGNMENT = 16  # bytes, of the base address and of the row stride
 
 def scaled_gemm(
     a: torch.Tensor,
-    a_scale: torch.Tensor,
+    a_scale: torch.Tensor | None,
     b: torch.Tensor,
     b_scale: torch.Tensor,
     bias: torch.Tensor | None,
@@ -56,12 +65,13 @@ def scaled_gemm(
     config: GemmConfig | None = None,
     tile_rows: int | None = None,
 ) -> None:
-    """Multiply quantised activations by a quantised weight into `out`.
+    """Multiply activations by a quantised weight into `out`.
 
     Args:
-        a: ``[M, K]``, FP8 of any format, last stride 1, any row stride.
-        a_scale: float32 multipliers, ``[M, ceil(K / block_k)]``, or ``[M, 1]`` without
-            `block_size`; any strides, 0 included.
+        a: ``[M, K]``, FP8 of any format, or bfloat16, float16 or float32; last stride 1, any row
+            stride.
+        a_scale: float32 multipliers of FP8 activations, ``[M, ceil(K / block_k)]``, or ``[M, 1]``
+            without `block_size`; any strides, 0 included. None for the other dtypes.
         b: ``[N, K]``, FP8 of any format, any strides; row-major is fast.
         b_scale: float32 multipliers, ``[ceil(N / block_n), ceil(K / block_k)]``, or ``[N, 1]``
             without `block_size`; any strides, 0 included.
@@ -92,6 +102,8 @@ def scaled_gemm(
             and _tma_layout(b),
             limits=limits,
         )
+        if a_format == WIDE.value:
+            config = fit_wide(config, a.element_size(), limits)
     a_source: torch.Tensor | TensorDescriptor = a_operand
     b_source: torch.Tensor | TensorDescriptor = b_operand
     if config.descriptors:
@@ -114,8 +126,8 @@ def scaled_gemm(
             a.stride(0),
             b.stride(0),
             b.stride(1),
-            a_scale.stride(0),
-            a_scale.stride(1),
+            0 if a_scale is None else a_scale.stride(0),
+            0 if a_scale is None else a_scale.stride(1),
             b_scale.stride(0),
             b_scale.stride(1),
             0 if bias is None else bias.stride(0),
@@ -141,6 +153,8 @@ def scaled_gemm(
 
 def _operands(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor, int]:
     """Both operands as they are, or both as bytes: a dot cannot mix FP8 with float16."""
+    if a.dtype not in FORMAT_CODES:
+        return a, WIDE.value, *kernel_operand(b)
     a_operand, a_format = kernel_operand(a)
     b_operand, b_format = kernel_operand(b)
     if NATIVE.value in (a_format, b_format) and a_format != b_format:
@@ -202,11 +216,11 @@ def _load_operand(
         valid = rows_valid[:, None]
         if not EVEN_K:
             valid = valid & (cols < col_end)[None, :]
-        if FORMAT == NATIVE:
-            tile = tl.load(places, mask=valid, other=0.0)
-        else:
+        if FORMAT >= 0:
             tile = tl.load(places, mask=valid, other=0)
-    if FORMAT != NATIVE:
+        else:
+            tile = tl.load(places, mask=valid, other=0.0)
+    if FORMAT >= 0:
         tile = decode_float8(tile, FORMAT)
     return tile
 
@@ -227,12 +241,15 @@ def _load_scales(
 ):
     """Scales of one block of K: a vector for the rows, a number or a vector for the columns.
 
-    A block past the end reads nothing and gives zeros.
+    A block past the end reads nothing and gives zeros. Activations without scales have ones.
     """
     wide = tl.cast(block, tl.int64)
     exists = wide < blocks
-    row_valid = row_index < tl.where(exists, m, 0)
-    a_scale = tl.load(a_scale_rows + wide * a_scale_stride_k, mask=row_valid, other=0.0)
+    if a_scale_rows is None:
+        a_scale = tl.full(row_index.shape, 1.0, tl.float32)
+    else:
+        row_valid = row_index < tl.where(exists, m, 0)
+        a_scale = tl.load(a_scale_rows + wide * a_scale_stride_k, mask=row_valid, other=0.0)
     b_places = b_scale_rows + wide * b_scale_stride_k
     if ONE_WEIGHT_SCALE:
         b_scale = tl.load(b_places, mask=exists, other=0.0)
@@ -297,9 +314,14 @@ def _scaled_gemm_kernel(
         cols = col_index.to(tl.int64)
         a_rows = rows * a_stride_m
         b_rows = cols * b_stride_n
-        a_scale_rows = a_scale_ptr + rows * a_scale_stride_m
+        a_scale_rows = a_scale_ptr
+        if a_scale_ptr is not None:
+            a_scale_rows += rows * a_scale_stride_m
         if not BLOCKWISE:
-            a_scale = tl.load(a_scale_rows, mask=row_valid, other=0.0)
+            if a_scale_ptr is None:
+                a_scale = tl.full((BLOCK_M,), 1.0, tl.float32)
+            else:
+                a_scale = tl.load(a_scale_rows, mask=row_valid, other=0.0)
         elif ONE_WEIGHT_SCALE:
             b_scale_rows = b_scale_ptr + (first_col // SCALE_N).to(tl.int64) * b_scale_stride_n
         else:
@@ -333,7 +355,11 @@ def _scaled_gemm_kernel(
                 b, first_col, first_k, col_valid, b_rows, b_stride_k, end_k,
                 DESCRIPTORS, EVEN_K, B_FORMAT, BLOCK_K,
             )  # fmt: skip
-            partial = tl.dot(a_tile, tl.trans(b_tile))
+            if A_FORMAT == WIDE:
+                b_tile = dot_operand(b_tile.to(a_tile.dtype))
+                partial = tl.dot(dot_operand(a_tile), tl.trans(b_tile), input_precision="ieee")
+            else:
+                partial = tl.dot(a_tile, tl.trans(b_tile))
             if not BLOCKWISE:
                 factor = tl.broadcast_to(a_scale[:, None], (BLOCK_M, BLOCK_N))
             elif ONE_WEIGHT_SCALE:

@@ -4,7 +4,8 @@ A backend runs a few small calls that are made to fail where such code goes wron
 (not a multiple of 4), N = 272 and K = 640 are ragged for tiles and for padding to four blocks,
 scales differ in every block and lie between powers of two, one row of X is zero and one block of
 the weight is far larger than the others. Memory that the output will get is filled with NaN first.
-The truth is computed on the CPU in float64 from the same quantised operands.
+The truth is computed on the CPU in float64 from the same operands: quantised, or for a backend that
+leaves activations alone as they are.
 
 Each output is judged by element and by row. ``mass`` is the sum of the absolute products plus
 |bias|, so a zeroed or scrambled row cannot hide behind large neighbours:
@@ -108,8 +109,10 @@ class _Case:
 class _Operands:
     """The tensors of one case, on the CPU and on the device, and the truth in float64."""
 
-    def __init__(self, case: _Case, device: torch.device, rows_per_scale: int) -> None:
-        problem, self.case = case.problem, case
+    def __init__(
+        self, case: _Case, device: torch.device, rows_per_scale: int = 1, *, quantizes: bool = True
+    ) -> None:
+        problem, self.case, self._quantizes = case.problem, case, quantizes
         generator = torch.Generator(device="cpu").manual_seed(case.seed)
         recipe, k = problem.recipe, problem.k
         group = recipe.group_size(k)
@@ -129,6 +132,8 @@ class _Operands:
         wide_x = plain.data.float().double() * spread(
             plain.scale, rows_per_scale, group, plain.data.shape
         )
+        if not quantizes and not case.quantized:
+            wide_x = x.double()
         rows = 1 if recipe.granularity is not Granularity.TENSOR else problem.n
         rows = rows if recipe.block_size is None else recipe.block_size[0]
         wide_weight = data.float().double() * spread(
@@ -166,7 +171,7 @@ class _Operands:
 
     @property
     def own_quantiser(self) -> bool:
-        return not self.case.quantized
+        return self._quantizes and not self.case.quantized
 
     def unchanged(self) -> bool:
         return all(map(torch.equal, self._inputs(), self.before))
@@ -206,7 +211,9 @@ def run_canary(backend: Capability, device: torch.device, recipe: Recipe) -> Can
     worst = 0.0
     with torch.autocast(device.type, enabled=False):
         for case in cases:
-            operands = _Operands(case, device, backend.rows_per_scale)
+            operands = _Operands(
+                case, device, backend.rows_per_scale, quantizes=backend.quantizes_activations
+            )
             out = operands.run(backend)
             synchronize(device)
             share, problem = judge(out, operands)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tests.doctor.conftest import Plant
 
 TILES = ("fbgemm_tile", "mslk_tile")
+NAMED = ("weight_only", *TILES)
 
 # Beside "opt-in", everywhere. Their kernels are SM90's alone (facts of FBGEMM's sources: no other
 # architecture is built for f8f8bf16_blockwise); the ROCm machine has neither library.
@@ -92,7 +93,7 @@ def test_when_nothing_else_is_left_the_calls_raise_and_say_why(
     plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(H200)
-    names = (name for name in registry.NAMES if name not in TILES)
+    names = (name for name in registry.NAMES if name not in NAMED)
     monkeypatch.setenv(policy.BACKEND_VARIABLE, ",".join(f"-{name}" for name in names))
 
     report = collect()
@@ -101,4 +102,4 @@ def test_when_nothing_else_is_left_the_calls_raise_and_say_why(
     choice = next(one for one in report.devices[0].routes if one.recipe == "block 128x128")
     assert choice.backend is None
     told = {one.backend: one.refusals[0].code for one in choice.passed_over}
-    assert told == dict.fromkeys(TILES, "opt-in")
+    assert told == dict.fromkeys(NAMED, "opt-in")

@@ -29,6 +29,8 @@ from fp8dispatch.kernels import (
     combine_experts,
     dequantize,
     float8,
+    fused_quantize,
+    grad_input,
     quantize_activation,
     scaled_gemm,
 )
@@ -115,6 +117,13 @@ def gemm(
     scaled_gemm.scaled_gemm(a, a_scale, b, b_scale, bias_tensor, out, block_size)
 
 
+def wide(m: int, dtype: torch.dtype, block_size: tuple[int, int] | None) -> None:
+    n, k = 4096, 1024
+    x, out = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype)
+    scale = torch.ones(n, 1) if block_size is None else torch.ones(n, k)
+    scaled_gemm.scaled_gemm(x, None, fp8(n, k, E4M3), scale, None, out, block_size)
+
+
 def groups(m: int, group_size: int, dtype: torch.dtype, k: int = 2048) -> None:
     x = torch.empty(m, k, dtype=torch.bfloat16)
     scale = torch.empty(-(-k // group_size), m).t()
@@ -149,11 +158,37 @@ def combine(*, backward: bool) -> None:
         combine_experts.combine_rows(rows, ids, shares, 256, out)
 
 
+def grad(m: int, block_size: tuple[int, int] | None, weight_dtype: torch.dtype, dtype: str) -> None:
+    n, k = 1024, 2048
+    dy = torch.empty(m, n, dtype=getattr(torch, dtype))
+    scale = torch.ones(n, 1) if block_size is None else torch.ones(n, k)
+    out = torch.empty(m, k, dtype=dy.dtype)
+    grad_input.grad_input(dy, fp8(n, k, weight_dtype), scale, out, block_size)
+
+
+def norm(k: int, group: int, dtype: torch.dtype = E4M3, *, residual: bool = True) -> None:
+    x = torch.empty(256, k, dtype=torch.bfloat16)
+    other, total = (x, x) if residual else (None, None)
+    scale = torch.empty(-(-k // group), 256).t()
+    fused_quantize.rms_norm_quantize(x, x[0], 1e-6, fp8(256, k, dtype), scale, group, other, total)
+
+
+def silu(m: int, k: int, group: int, dtype: torch.dtype = E4M3) -> None:
+    gate, up = torch.empty(m, 2 * k, dtype=torch.bfloat16).chunk(2, 1)
+    scale = torch.empty(-(-k // group), m).t()
+    fused_quantize.silu_mul_quantize(gate, up, fp8(m, k, dtype), scale, group)
+
+
 BLOCK = (128, 128)
 DECODED = {  # formats that the target cannot multiply: these run everywhere
     "groups": lambda: groups(2048, 128, E4M3_FNUZ),
     "gemm_block": lambda: gemm(2048, BLOCK, formats=(E4M3_FNUZ, E5M2_FNUZ), bias=True),
     "weight": lambda: weight(BLOCK, E4M3_FNUZ),
+    "grad": lambda: grad(2048, BLOCK, E4M3_FNUZ, "bfloat16"),
+    "gemm_wide": lambda: wide(2048, torch.bfloat16, BLOCK),
+    "gemm_wide_few": lambda: wide(64, torch.float16, None),
+    "norm": lambda: norm(7168, 128, E4M3_FNUZ),
+    "silu": lambda: silu(2048, 7168, 128, E4M3_FNUZ),
 }
 NATIVE = {
     "groups": lambda: groups(2048, 128, E4M3),
@@ -161,6 +196,11 @@ NATIVE = {
     "gemm_small": lambda: gemm(8, BLOCK),
     "gemm_row": lambda: gemm(2048, None, formats=(E4M3, E5M2), bias=True),
     "weight": lambda: weight(BLOCK, E4M3),
+    "grad": lambda: grad(2048, BLOCK, E4M3, "bfloat16"),
+    "gemm_wide": lambda: wide(2048, torch.bfloat16, BLOCK),
+    "gemm_wide_few": lambda: wide(64, torch.float16, None),
+    "norm": lambda: norm(7168, 128),
+    "silu": lambda: silu(2048, 7168, 128),
 }
 VARIANTS: dict[int, dict[str, Any]] = {
     # FP8 of any kind is bytes here, so the OCP formats are compiled as bytes too.
@@ -172,7 +212,11 @@ VARIANTS: dict[int, dict[str, Any]] = {
         "static": lambda: static(E4M3),
         "combine": lambda: combine(backward=False),
     },
-    89: NATIVE,
+    89: NATIVE
+    | {
+        "gemm_wide_fp32": lambda: wide(2048, torch.float32, BLOCK),
+        "grad_group": lambda: grad(2048, (1, 32), E4M3, "bfloat16"),
+    },
     90: NATIVE
     | {
         "gemm_decoded": DECODED["gemm_block"],
@@ -189,6 +233,15 @@ VARIANTS: dict[int, dict[str, Any]] = {
         "weight_odd": lambda: weight((48, 80), E5M2),
         "combine": lambda: combine(backward=False),
         "combine_backward": lambda: combine(backward=True),
+        "norm_row": lambda: norm(16384, 16384, residual=False),
+        "norm_long": lambda: norm(32768, 128),
+        "norm_long_row": lambda: norm(32768, 32768),
+        "silu_few": lambda: silu(16, 7168, 128),
+        "silu_row": lambda: silu(2048, 14336, 14336),
+        "silu_long_row": lambda: silu(2048, 53248, 53248),
+        "grad_few": lambda: grad(16, BLOCK, E4M3, "bfloat16"),
+        "grad_row": lambda: grad(2048, None, E5M2, "float16"),
+        "grad_group": lambda: grad(2048, (1, 32), E4M3, "bfloat16"),
     },
     100: NATIVE,
     120: NATIVE,

@@ -86,6 +86,30 @@ def test_consumer_cards_multiply_fp8(target: int, report: dict[str, dict[str, An
     assert report[f"{target}.gemm_block"]["fp8_mma"] > 0
 
 
+def test_every_program_fits_into_shared_memory(report: dict[str, dict[str, Any]]) -> None:
+    """What a program of each target may ask for; the launch of a larger one fails."""
+    limits = {"80": 166_912, "89": 101_376, "90": 232_448, "100": 232_448, "120": 101_376}
+    for name, facts in report.items():
+        assert facts["shared"] <= limits[name.split(".")[0]], name
+
+
+def test_gradients_multiply_16_bit_tiles_without_spilling(
+    report: dict[str, dict[str, Any]],
+) -> None:
+    found = {name: facts for name, facts in report.items() if ".grad" in name}
+    assert {name.split(".")[0] for name in found} == {"80", "89", "90", "100", "120"}
+    for name, facts in found.items():
+        assert facts["dots"] > 0, name
+        assert facts["fp8_mma"] == facts["fp8_wgmma"] == facts["stack"] == 0, name
+
+
+def test_fused_quantisers_stay_in_registers(report: dict[str, dict[str, Any]]) -> None:
+    found = {name: facts for name, facts in report.items() if ".norm" in name or ".silu" in name}
+    assert len(found) == 16
+    for name, facts in found.items():
+        assert facts["stack"] == facts["local"] == 0, name
+
+
 def test_cards_without_fp8_get_no_fp8_instruction(report: dict[str, dict[str, Any]]) -> None:
     for name, facts in report.items():
         if name.startswith("80."):
