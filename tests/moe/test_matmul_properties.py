@@ -41,7 +41,7 @@ def test_plain_torch_matches_the_oracle(call: Call) -> None:
     oracle.assert_matches(call.run(backend="eager"), call.truth(), min_sqnr=-math.inf)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(calls(most_rows=20))
 def test_triton_matches_the_oracle(call: Call) -> None:
     oracle.assert_matches(call.run(backend="triton"), call.truth(), min_sqnr=-math.inf)
