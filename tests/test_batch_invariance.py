@@ -123,3 +123,15 @@ def test_a_decorated_function_states_it_in_every_call() -> None:
     assert stated()
     assert stated()
     assert not policy.resolve(None, registry.NAMES).batch_invariant
+
+
+def test_experts_say_that_they_cannot_promise_it(device: str) -> None:
+    """Their tiles follow the rows of each expert; nothing may run as if nobody had asked."""
+    weight = torch.ones(2, 8, 16, device=device).to(torch.float8_e4m3fn)
+    ids = torch.zeros(3, dtype=torch.int64, device=device)
+    x = torch.ones(3, 16, device=device)
+    with (
+        fp8dispatch.use_backend(batch_invariant=True),
+        pytest.raises(BackendUnavailableError, match="needs a policy without batch_invariant"),
+    ):
+        fp8dispatch.fp8_experts_batched(x, weight, torch.ones(2, device=device), ids)

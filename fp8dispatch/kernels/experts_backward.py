@@ -19,7 +19,7 @@ from fp8dispatch.kernels.experts_routing import find_tile, map_rows, schedule, t
 from fp8dispatch.kernels.float8 import NATIVE, decode_float8, kernel_operand
 from fp8dispatch.kernels.interpreter import INTERPRETED, cast_output
 from fp8dispatch.kernels.launch import FP_FUSION, ceil_div, next_power_of_2, on_device_of
-from fp8dispatch.kernels.scaled_gemm import _tile_origin
+from fp8dispatch.kernels.scaled_gemm import tile_origin
 from fp8dispatch.kernels.sorted_rows import SortedRows
 
 _GROUP_M = 16  # tile rows that are walked together, as in the forward GEMM
@@ -202,7 +202,7 @@ def _grad_input_kernel(
     GROUP_M: tl.constexpr,
 ):
     """A [BLOCK_M, BLOCK_K] tile of dX; the loop runs over N."""
-    row_tile, first_col = _tile_origin(tl.program_id(0), tiles_m, k, 1, BLOCK_K, GROUP_M)
+    row_tile, first_col = tile_origin(tl.program_id(0), tiles_m, k, 1, BLOCK_K, GROUP_M)
     group, first_row, end_row = find_tile(
         row_tile, bounds_ptr, bounds_ptr + experts + 1, experts + 1, STEPS, BLOCK_M
     )

@@ -37,12 +37,12 @@ from fp8dispatch.kernels.gemm_config import GemmConfig, choose_config
 from fp8dispatch.kernels.interpreter import cast_output
 from fp8dispatch.kernels.launch import FP_FUSION, ceil_div, device_limits, on_device_of
 from fp8dispatch.kernels.scaled_gemm import (
-    _TMA_CAPABILITY,
-    _descriptor,
-    _load_operand,
-    _operands,
-    _tile_origin,
-    _tma_layout,
+    TMA_CAPABILITY,
+    descriptor_of,
+    has_tma_layout,
+    load_operand,
+    operands_of,
+    tile_origin,
 )
 from fp8dispatch.kernels.sorted_rows import NamedRows, SortedRows
 
@@ -85,7 +85,7 @@ def experts_gemm(
     if rows == 0:
         return
     limits = device_limits(a.device)
-    a_operand, a_format, b_operand, b_format = _operands(a, b)
+    a_operand, a_format, b_operand, b_format = operands_of(a, b)
     upcast = a_format != NATIVE.value
     flat = b_operand.as_strided((experts * n, k), b.stride()[1:]) if _is_stack(b) else None
     if config is None:
@@ -95,20 +95,20 @@ def experts_gemm(
             block_size=block_size,
             upcast=upcast,
             descriptors=not upcast
-            and limits.capability >= _TMA_CAPABILITY
+            and limits.capability >= TMA_CAPABILITY
             and isinstance(routed, SortedRows)
             and routed.gather is None
             and flat is not None
-            and _tma_layout(flat)
-            and _tma_layout(a),
+            and has_tma_layout(flat)
+            and has_tma_layout(a),
             limits=limits,
             experts=experts,
         )
     a_source: torch.Tensor | TensorDescriptor = a_operand
     b_source: torch.Tensor | TensorDescriptor = b_operand
     if config.descriptors and flat is not None:
-        a_source = _descriptor(a_operand, config.block_m, config.block_k)
-        b_source = _descriptor(flat, config.block_n, config.block_k)
+        a_source = descriptor_of(a_operand, config.block_m, config.block_k)
+        b_source = descriptor_of(flat, config.block_n, config.block_k)
     if isinstance(routed, SortedRows):
         index = torch.empty((2, experts + 1), dtype=torch.int32, device=b.device)
         schedule(routed.ends, rows, config.block_m, index[0], index[1])
@@ -251,7 +251,7 @@ def _experts_gemm_kernel(
     tiles = tiles_m * tl.cdiv(n, BLOCK_N)
 
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        row_tile, first_col = _tile_origin(tile, tiles_m, n, 1, BLOCK_N, GROUP_M)
+        row_tile, first_col = tile_origin(tile, tiles_m, n, 1, BLOCK_N, GROUP_M)
         if NAMED > 0:
             group, row_index, in_group = find_members(
                 row_tile, index_ptr, index_stride, rows, experts, NAMED, BLOCK_M
@@ -309,11 +309,11 @@ def _experts_gemm_kernel(
             else:
                 first_k = chunk * BLOCK_K
                 end_k = k
-            a_tile = _load_operand(
+            a_tile = load_operand(
                 a, first_row, first_k, live, a_rows, 1, end_k,
                 DESCRIPTORS, EVEN_K, A_FORMAT, BLOCK_K,
             )  # fmt: skip
-            b_tile = _load_operand(
+            b_tile = load_operand(
                 b_expert, b_row, first_k, col_valid, b_rows, b_stride_k, end_k,
                 DESCRIPTORS, EVEN_K, B_FORMAT, BLOCK_K,
             )  # fmt: skip

@@ -79,7 +79,10 @@ def choose_config(
     # large one, since one promotes partial sums while the other keeps the tensor core busy.
     block_m = 16 if share <= 16 else 32 if share <= 32 else 64
     tiles_m = max(ceil_div(m, block_m), min(m, experts))
-    block_n = _block_n(tiles_m, n, (128, 64, 32) if small else (128, 64), limits)
+    widths: tuple[int, ...] = (128, 64, 32) if small else (128, 64)
+    if upcast and experts > 1 and not small:
+        widths = (64,)  # with decoded operands the addresses of rows that lie anywhere would spill
+    block_n = _block_n(tiles_m, n, widths, limits)
     if block_size is not None:
         block_n = _fit_scale_block(block_n, block_size[0])
 

@@ -27,7 +27,7 @@ import triton.language as tl
 from fp8dispatch.kernels.float8 import kernel_operand
 from fp8dispatch.kernels.interpreter import cast_output
 from fp8dispatch.kernels.launch import FP_FUSION, ceil_div, next_power_of_2, on_device_of
-from fp8dispatch.kernels.scaled_gemm import _tile_origin
+from fp8dispatch.kernels.scaled_gemm import tile_origin
 from fp8dispatch.kernels.weight_tile import dot_operand, load_weight_tile, scale_blocks
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _grad_input_kernel(
     GROUP_M: tl.constexpr,
 ):
     """A [BLOCK_M, BLOCK_K] tile of dX; the loop runs over N."""
-    first_row, first_col = _tile_origin(tl.program_id(0), m, k, BLOCK_M, BLOCK_K, GROUP_M)
+    first_row, first_col = tile_origin(tl.program_id(0), m, k, BLOCK_M, BLOCK_K, GROUP_M)
     row_index = first_row + tl.arange(0, BLOCK_M)
     row_valid = row_index < m
     rows = row_index.to(tl.int64)

@@ -50,7 +50,7 @@ from fp8dispatch.kernels.weight_tile import dot_operand
 if TYPE_CHECKING:
     import torch
 
-_TMA_CAPABILITY = (9, 0)
+TMA_CAPABILITY = (9, 0)
 _TMA_ALIGNMENT = 16  # bytes, of the base address and of the row stride
 
 
@@ -86,7 +86,7 @@ def scaled_gemm(
     n = b.shape[0]
     if m == 0 or n == 0:
         return
-    a_operand, a_format, b_operand, b_format = _operands(a, b)
+    a_operand, a_format, b_operand, b_format = operands_of(a, b)
     upcast = a_format != NATIVE.value
     limits = device_limits(a.device)
     if config is None:
@@ -97,9 +97,9 @@ def scaled_gemm(
             upcast=upcast,
             descriptors=not upcast
             and k > 0
-            and limits.capability >= _TMA_CAPABILITY
-            and _tma_layout(a)
-            and _tma_layout(b),
+            and limits.capability >= TMA_CAPABILITY
+            and has_tma_layout(a)
+            and has_tma_layout(b),
             limits=limits,
         )
         if a_format == WIDE.value:
@@ -107,8 +107,8 @@ def scaled_gemm(
     a_source: torch.Tensor | TensorDescriptor = a_operand
     b_source: torch.Tensor | TensorDescriptor = b_operand
     if config.descriptors:
-        a_source = _descriptor(a_operand, config.block_m, config.block_k)
-        b_source = _descriptor(b_operand, config.block_n, config.block_k)
+        a_source = descriptor_of(a_operand, config.block_m, config.block_k)
+        b_source = descriptor_of(b_operand, config.block_n, config.block_k)
     scale_n, scale_k = (0, 0) if block_size is None else block_size
     tiles = ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
     programs = config.programs_per_sm * limits.multiprocessors or tiles
@@ -151,7 +151,7 @@ def scaled_gemm(
         )
 
 
-def _operands(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor, int]:
+def operands_of(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor, int]:
     """Both operands as they are, or both as bytes: a dot cannot mix FP8 with float16."""
     if a.dtype not in FORMAT_CODES:
         return a, WIDE.value, *kernel_operand(b)
@@ -163,7 +163,7 @@ def _operands(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, int, torc
     return a_operand, a_format, b_operand, b_format
 
 
-def _tma_layout(operand: torch.Tensor) -> bool:
+def has_tma_layout(operand: torch.Tensor) -> bool:
     """Whether a TMA descriptor can describe a 2-D tensor of one-byte elements."""
     rows, cols = operand.shape
     stride_row, stride_col = operand.stride()
@@ -176,14 +176,14 @@ def _tma_layout(operand: torch.Tensor) -> bool:
     )
 
 
-def _descriptor(operand: torch.Tensor, block_rows: int, block_cols: int) -> TensorDescriptor:
+def descriptor_of(operand: torch.Tensor, block_rows: int, block_cols: int) -> TensorDescriptor:
     return TensorDescriptor(
         operand, list(operand.shape), list(operand.stride()), [block_rows, block_cols]
     )
 
 
 @triton.jit
-def _tile_origin(tile, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_origin(tile, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """First row and column of a tile: GROUP_M tile rows are walked together along N."""
     tiles_n = tl.cdiv(n, BLOCK_N)
     group = tile // (GROUP_M * tiles_n)
@@ -194,7 +194,7 @@ def _tile_origin(tile, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP
 
 
 @triton.jit
-def _load_operand(
+def load_operand(
     source,
     first_row,
     first_col,
@@ -305,7 +305,7 @@ def _scaled_gemm_kernel(
     tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
 
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
-        first_row, first_col = _tile_origin(tile, m, n, BLOCK_M, BLOCK_N, GROUP_M)
+        first_row, first_col = tile_origin(tile, m, n, BLOCK_M, BLOCK_N, GROUP_M)
         row_index = first_row + tl.arange(0, BLOCK_M)
         col_index = first_col + tl.arange(0, BLOCK_N)
         row_valid = row_index < m
@@ -347,11 +347,11 @@ def _scaled_gemm_kernel(
             else:
                 first_k = chunk * BLOCK_K
                 end_k = k
-            a_tile = _load_operand(
+            a_tile = load_operand(
                 a, first_row, first_k, row_valid, a_rows, 1, end_k,
                 DESCRIPTORS, EVEN_K, A_FORMAT, BLOCK_K,
             )  # fmt: skip
-            b_tile = _load_operand(
+            b_tile = load_operand(
                 b, first_col, first_k, col_valid, b_rows, b_stride_k, end_k,
                 DESCRIPTORS, EVEN_K, B_FORMAT, BLOCK_K,
             )  # fmt: skip

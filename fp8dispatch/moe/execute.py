@@ -121,6 +121,7 @@ def describe_call(
         weight_contiguous=weight.is_contiguous(),
         aligned=weight.is_meta or (weight.data_ptr() | strides) % 16 == 0,
         accuracy=call.allowed.accuracy,
+        batch_invariant=call.allowed.batch_invariant,
         experts=experts,
         batched=call.batched,
         gathers=routing.gather is not None,

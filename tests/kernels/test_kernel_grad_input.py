@@ -125,7 +125,7 @@ def test_backward_takes_the_kernel_where_kernels_run(
     def strips(*arguments: object) -> torch.Tensor:
         raise AssertionError("the weight is materialised")
 
-    monkeypatch.setattr(autograd, "runs_kernels", lambda device: True)
+    monkeypatch.setattr(autograd, "dequantizes_in_kernel", lambda device, dtype: True)
     monkeypatch.setattr(autograd, "dequantize_strip", strips)
     weight, scale = oracle.make_weight(60, 70, recipe, device=device)
     x = torch.randn(2, 3, 70, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -138,15 +138,21 @@ def test_backward_takes_the_kernel_where_kernels_run(
     oracle.assert_gradient(got, grad, oracle.dequantized_weight(weight, scale, recipe))
 
 
-def test_strips_where_no_kernel_runs_and_for_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strips_where_the_kernel_was_not_seen_to_run_and_for_fp32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     monkeypatch.setattr(autograd, "runs_kernels", lambda device: device.type == "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     takes = autograd.dequantizes_in_kernel
 
+    monkeypatch.setattr(autograd, "KERNEL_CAPABILITIES", ((8, 9), (9, 0)))
     assert takes(gpu, torch.bfloat16)
     assert takes(gpu, torch.float16)
     assert not takes(gpu, torch.float32), "torch.mm follows the caller's matmul precision"
     assert not takes(cpu, torch.bfloat16)
+    monkeypatch.setattr(autograd, "KERNEL_CAPABILITIES", ((8, 9),))
+    assert not takes(gpu, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
@@ -158,7 +164,7 @@ def test_kernel_and_strips_give_the_same_gradient(
     grad = torch.randn(6, 70, device=device).to(dtype)
     results = []
     for kernels in (True, False):
-        monkeypatch.setattr(autograd, "runs_kernels", lambda device, answer=kernels: answer)
+        monkeypatch.setattr(autograd, "dequantizes_in_kernel", lambda *_, answer=kernels: answer)
         results.append(autograd.grad_input(grad, data, scale, recipe))
 
     # Both sum rounded products in fp32, each in its own order, and round once.
