@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
+import torch
+
+from fp8dispatch.calibrate.saturation import saturation
+from fp8dispatch.calibrate.scales import activation_scales, amax_seeds, kv_cache_scales
+from fp8dispatch.calibrate.stats import CalibrationStats
 from fp8dispatch.errors import CheckpointError, FP8DispatchError
 
 
@@ -49,28 +52,22 @@ def read_calibration(path: Path, dtype: str) -> Calibration:
     Raises:
         CheckpointError: a file that cannot be read, or is of an interrupted calibration.
     """
-    # Loaded on demand: most plans need no calibration.
-    statistics = import_module("fp8dispatch.calibrate.stats")
     try:
-        return _scales_of(statistics.CalibrationStats.load(path), dtype)
+        return _scales_of(CalibrationStats.load(path), dtype)
     except FP8DispatchError as error:
         raise CheckpointError(str(error)) from error
 
 
-def _scales_of(stats: Any, dtype: str) -> Calibration:
-    """What packing needs of statistics (`fp8dispatch.calibrate.stats.CalibrationStats`)."""
-    import torch
-
-    scales = import_module("fp8dispatch.calibrate.scales")
-    saturation = import_module("fp8dispatch.calibrate.saturation")
-    float8 = getattr(torch, dtype)
-    cache = scales.kv_cache_scales(stats, per_head=True, dtype=float8) if stats.kv_cache else {}
+def _scales_of(stats: CalibrationStats, dtype: str) -> Calibration:
+    """What packing needs of statistics."""
+    float8: torch.dtype = getattr(torch, dtype)
+    cache = kv_cache_scales(stats, per_head=True, dtype=float8) if stats.kv_cache else {}
     return Calibration(
-        activation_scales=scales.activation_scales(stats, dtype=float8),
+        activation_scales=activation_scales(stats, dtype=float8),
         amax_history={
-            name: seed.amax_history for name, seed in scales.amax_seeds(stats, dtype=float8).items()
+            name: seed.amax_history for name, seed in amax_seeds(stats, dtype=float8).items()
         },
-        saturation={row.name: row.ratio for row in saturation.saturation(stats)},
+        saturation={row.name: row.ratio for row in saturation(stats)},
         kv_scales={
             name: (tuple(found.key.tolist()), tuple(found.value.tolist()))
             for name, found in cache.items()

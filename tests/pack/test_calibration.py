@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fp8dispatch import PackOptions, pack_checkpoint, plan_checkpoint
+from fp8dispatch.calibrate import magnitudes, stats
 from fp8dispatch.errors import CheckpointError
 from fp8dispatch.pack.calibration import read_calibration
 from tests.pack.folders import write_model
@@ -16,8 +17,6 @@ from tests.pack.test_plan import CONFIG, K_PROJ, Q_PROJ, llama, modules_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-stats = pytest.importorskip("fp8dispatch.calibrate.stats")
-magnitudes = pytest.importorskip("fp8dispatch.calibrate.magnitudes")
 LAYER = "model.layers.0.self_attn"
 
 

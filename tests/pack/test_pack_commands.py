@@ -106,9 +106,6 @@ def test_usage_is_one_line_on_stderr(
     words: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if "--calibration" in flags:
-        pytest.importorskip("fp8dispatch.calibrate.stats")
-
     assert main(["pack", source, str(tmp_path / "out"), *flags]) == code
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
