@@ -16,6 +16,8 @@ from fp8dispatch.formats import max_value
 from fp8dispatch.pack.strips import QuantizedBand, Tiling
 from fp8dispatch.recipe import ceil_div
 
+SUSPICIOUS_SQNR = 28.0
+"""E4M3 gives about 31.5 dB at every granularity; a weight below this was spoilt by something."""
 SAMPLE = 1 << 17
 """Values of a tensor that its percentile is taken from, evenly spaced."""
 _CLIP_TOLERANCE = 1 + 1e-6  # the quotient of an amax and its rounded scale

@@ -10,13 +10,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 import fp8dispatch
-from fp8dispatch.pack.figures import TensorFigures
+from fp8dispatch.pack.figures import SUSPICIOUS_SQNR, TensorFigures
 from fp8dispatch.pack.planned import Plan
 
 REPORT = "fp8_report.json"
 WORST = 20
-SUSPICIOUS_SQNR = 28.0
-"""E4M3 gives about 31.5 dB at every granularity; a weight below this was spoilt by something."""
 
 
 class Totals(BaseModel):
