@@ -11,7 +11,7 @@ compares everything that they rest on; whatever differs goes the whole way again
   autocast dtype; the same `generation` (policy of the process, quarantine, verdicts);
 * no compiler, no torch.func transform, no forward-mode differentiation, and X a plain tensor.
 
-A plan keeps none of the caller's tensors alive, and is dropped with its weight.
+A plan keeps none of the caller's tensors alive, and is dropped with the first of them that goes.
 """
 
 from __future__ import annotations
@@ -97,13 +97,14 @@ class Plan:
 
         def forget(reference: weakref.ref[torch.Tensor]) -> None:
             plan = _plans.get(key)
-            if plan is not None and plan.weight.reference is reference:
+            held = () if plan is None else (plan.weight, plan.scale, plan.bias)
+            if any(one is not None and one.reference is reference for one in held):
                 del _plans[key]
 
         n, self.k = weight.shape
         self.weight = _Held(weight, forget)
-        self.scale = _Held(scale)
-        self.bias = None if bias is None else _Held(bias, read_anew=True)
+        self.scale = _Held(scale, forget)
+        self.bias = None if bias is None else _Held(bias, forget, read_anew=True)
         self.activation_scale = None if activation_scale is None else _Held(activation_scale)
         self.scale_fp32 = weight_scale_fp32(scale, call.recipe, n, self.k)
         self.static_fp32 = (

@@ -375,6 +375,21 @@ def test_plans_die_with_their_weights_and_hold_no_memory() -> None:
     assert plans.count() <= before
 
 
+def test_scales_and_biases_made_anew_leave_no_plans_behind() -> None:
+    x, weight, scale = operands()
+    gc.collect()
+    before = plans.count()
+    kept = []
+    for _ in range(10):
+        bias = torch.zeros(N)
+        kept.append(torch.zeros(1))  # so that the next bias is another object
+        fp8_linear(x, weight, scale.view(scale.shape), bias)
+        kept.append(bias.sum())
+        del bias
+    gc.collect()
+    assert plans.count() <= before
+
+
 def test_inference_tensors_are_taken(checked: list[int]) -> None:
     with torch.inference_mode():
         x, weight, scale = operands()
