@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar, Token
@@ -215,6 +216,20 @@ def cache_directory() -> Path:
 def cuda_visible_devices() -> str | None:
     """``CUDA_VISIBLE_DEVICES`` as it stands; None when it is not set."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def cuda_compiler() -> Path:
+    """The nvcc that DeepGEMM compiles with, whether it is there or not.
+
+    ``DG_JIT_NVCC_COMPILER``, else the one in ``CUDA_HOME`` or ``CUDA_PATH``, on the search path, or
+    in ``/usr/local/cuda``.
+    """
+    stated = os.environ.get("DG_JIT_NVCC_COMPILER")
+    if stated:
+        return Path(stated)
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = None if home else shutil.which("nvcc")
+    return Path(found) if found else Path(home or "/usr/local/cuda") / "bin" / "nvcc"
 
 
 def triton_interpreter() -> bool:

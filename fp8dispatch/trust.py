@@ -264,6 +264,7 @@ def _fingerprint(
 
     wanted = {"torch", "triton", "cuda", "hip", backend.distribution, *backend.distributions}
     versions = {name: text for name, text in machine.versions.items() if name in wanted}
+    versions |= backend.toolchain()
     plugin = registry.plugin_version(backend_name)
     if plugin is not None:
         versions["plugin"] = plugin

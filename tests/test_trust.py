@@ -132,6 +132,33 @@ def test_a_stored_verdict_does_not_outlive_its_library(
     assert (newer.state, newer.source) == ("wrong", "in a child process")
 
 
+@pytest.mark.parametrize("name", ["deepgemm", "experts.deepgemm"])
+def test_a_stored_verdict_does_not_outlive_its_compiler(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another nvcc makes other machine code of the same library."""
+    compiler = tmp_path / "toolkit" / "bin" / "nvcc"
+    compiler.parent.mkdir(parents=True)
+    monkeypatch.delenv("DG_JIT_NVCC_COMPILER", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(compiler.parent.parent))
+    monkeypatch.setattr(isolated, "run_isolated", lambda *_: IsolatedResult("right", "said so"))
+    machine = Machine("cpu", HOPPER.device_name, (8, 0), {"torch": "2.11.0"})
+
+    def source() -> str:
+        trust.forget()  # as in the next process
+        found = trust.judge(name, registry.find(name), CPU, machine, BLOCK_128, may_probe=True)
+        return found.source
+
+    assert source() == "in a child process"  # no compiler: the library will refuse to load
+    compiler.write_bytes(b"release 13.0")
+    assert source() == "in a child process"
+    assert source() == "disk"
+    compiler.write_bytes(b"release 13.0.1")
+    assert source() == "in a child process"
+    monkeypatch.setenv("DG_JIT_NVCC_COMPILER", str(tmp_path / "another"))
+    assert source() == "in a child process"
+
+
 def test_a_stored_verdict_does_not_outlive_its_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = verified()
     monkeypatch.setattr(registry, "plugin_version", {"planted": "1.0"}.get)

@@ -101,6 +101,13 @@ class Capability(ABC):
             for name, releases in self.verified_versions.items()
         )
 
+    def toolchain(self) -> Mapping[str, str]:
+        """What else makes its code here, beside packages: name -> which one, found by looking.
+
+        A stored verdict holds for these alone, as it does for the versions of packages.
+        """
+        return {}
+
     def refuse_machine(self, machine: Machine) -> tuple[Refusal, ...]:
         """Why the backend cannot run on this machine at all; empty when it can."""
         refusals: list[Refusal] = []

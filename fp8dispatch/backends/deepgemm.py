@@ -34,6 +34,7 @@ from fp8dispatch.backends.library import (
 )
 from fp8dispatch.errors import Refusal
 from fp8dispatch.machine import Machine
+from fp8dispatch.policy import cuda_compiler
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.recipe import Granularity
 
@@ -61,6 +62,15 @@ class DeepGemm(LibraryBackend):
         super().__init__()
         self._gemm: Callable[..., None] | None = None
         self._warmed = Warmed(self.name, "may compile a kernel")
+
+    def toolchain(self) -> Mapping[str, str]:
+        compiler = cuda_compiler()
+        try:
+            kind = compiler.resolve(strict=True).stat()
+        except (OSError, RuntimeError):  # absent, unreadable, or a circle of links
+            return {"nvcc": f"none at {compiler}"}
+        # Asking it for its version would start a process; another release is another file.
+        return {"nvcc": f"{compiler.resolve()}, {kind.st_size} bytes of {int(kind.st_mtime)}"}
 
     def refuse_machine(self, machine: Machine) -> tuple[Refusal, ...]:
         return (*_refuse_installation(machine), *super().refuse_machine(machine))

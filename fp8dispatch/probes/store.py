@@ -41,7 +41,8 @@ class Fingerprint(BaseModel):
         device: kind and name of the device; two of the same name share a verdict.
         capability: CUDA compute capability.
         driver: version of the GPU driver, empty where it is not known.
-        versions: versions of torch, triton, CUDA and of whatever carries the backend's code.
+        versions: versions of torch, triton, CUDA and of whatever carries or compiles the backend's
+            code.
         fp8dispatch: our own version: a canary that looks harder judges anew.
     """
 

@@ -13,7 +13,7 @@ it stands behind our own kernels, and its first run is in a child process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 
 import torch
@@ -54,6 +54,9 @@ class DeepGemm(ExpertBackend):
 
     def __init__(self) -> None:
         self._warmed = Warmed(f"{self.name} (experts)", "may compile a kernel")
+
+    def toolchain(self) -> Mapping[str, str]:
+        return LINEAR.toolchain()
 
     def refuse_machine(self, machine: Machine) -> tuple[Refusal, ...]:
         return LINEAR.refuse_machine(machine)
