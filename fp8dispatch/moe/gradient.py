@@ -10,8 +10,8 @@ import torch
 
 from fp8dispatch import autograd
 from fp8dispatch.moe.backends.contract import ExpertWeights
-from fp8dispatch.moe.backends.triton import kernel_scale
 from fp8dispatch.moe.routing import Routing, expert_rows, sort_ids
+from fp8dispatch.moe.scales import kernel_scale
 from fp8dispatch.probes.device import runs_kernels
 
 

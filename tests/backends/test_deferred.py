@@ -23,13 +23,15 @@ class Blocker:
         assert name.partition(".")[0] not in ("torch", "triton"), name
 
 sys.meta_path.insert(0, Blocker())
-import fp8dispatch.backends
-names = [one.name for one in pkgutil.iter_modules(fp8dispatch.backends.__path__)]
-for name in names:
-    importlib.import_module("fp8dispatch.backends." + name)
+import fp8dispatch.backends, fp8dispatch.moe.backends
+names = []
+for room in (fp8dispatch.backends, fp8dispatch.moe.backends):
+    for one in pkgutil.iter_modules(room.__path__):
+        importlib.import_module(room.__name__ + "." + one.name)
+        names.append(room.__name__ + "." + one.name)
 from fp8dispatch import registry
 from fp8dispatch.probes.gallery import NAMES, simulated
-from fp8dispatch.problem import LinearProblem
+from fp8dispatch.problem import ExpertsProblem, LinearProblem
 from fp8dispatch.recipe import BLOCK_128, ROW
 for machine in map(simulated, NAMES):
     for recipe in (BLOCK_128, ROW):
@@ -40,15 +42,24 @@ for machine in map(simulated, NAMES):
             backend.refuse_machine(machine)
             backend.refuse_problem(problem, machine)
             backend.row_multiple(problem)
+        problem = ExpertsProblem(16, 4096, 7168, recipe, fp8, fp8, "bfloat16", experts=8)
+        for name in registry.NAMES:
+            backend = registry.load_experts(name)
+            backend.refuse_machine(machine)
+            backend.refuse_problem(problem, machine)
 print(*names)
 """
+
+ROOMS = ("fp8dispatch.backends", "fp8dispatch.moe.backends")
 
 
 def test_every_backend_answers_where_no_torch_is() -> None:
     ran = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True)
 
     assert ran.returncode == 0, ran.stderr
-    assert {"contract", "library", "compute", *registry._MODULES} <= set(ran.stdout.split())
+    named = {*registry._MODULES.values(), *registry._EXPERT_MODULES.values()}
+    rooms = {f"{room}.{one}" for room in ROOMS for one in ("contract", "compute")}
+    assert named | rooms <= set(ran.stdout.split())
 
 
 @pytest.mark.parametrize("name", registry.NAMES)
@@ -65,6 +76,19 @@ def test_every_computation_is_where_it_is_announced(name: str, method: str) -> N
 
     assert isinstance(found, types.MethodType)
     assert list(inspect.signature(found).parameters) == parameters[method]
+
+
+@pytest.mark.parametrize("name", registry._EXPERT_MODULES)
+def test_every_expert_matmul_is_where_it_is_announced(name: str) -> None:
+    if name == "triton":
+        pytest.importorskip("triton")
+
+    found = registry.load_experts(name).experts
+
+    assert isinstance(found, types.MethodType)
+    assert list(inspect.signature(found).parameters) == [
+        "x", "weights", "bias", "activation_scale", "routing", "problem",
+    ]  # fmt: skip
 
 
 @pytest.fixture

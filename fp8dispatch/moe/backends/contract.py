@@ -1,4 +1,4 @@
-"""What every backend of expert matmuls answers and does."""
+"""What every backend of expert matmuls answers and does; its answers need no torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 from fp8dispatch.backends.contract import Capability
-from fp8dispatch.moe.routing import Routing
 from fp8dispatch.problem import ExpertsProblem
 from fp8dispatch.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
+
+    from fp8dispatch.moe.routing import Routing
 
 
 class ExpertWeights(NamedTuple):

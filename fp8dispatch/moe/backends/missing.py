@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from fp8dispatch.errors import BackendUnavailableError, Refusal
 from fp8dispatch.machine import Machine
 from fp8dispatch.moe.backends.contract import ExpertBackend, ExpertWeights
-from fp8dispatch.moe.routing import Routing
 from fp8dispatch.problem import ExpertsProblem
 
 if TYPE_CHECKING:
     import torch
+
+    from fp8dispatch.moe.routing import Routing
 
 
 class Missing(ExpertBackend):
