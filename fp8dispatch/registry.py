@@ -32,6 +32,7 @@ _MODULES: dict[str, str] = {
     "triton": "fp8dispatch.backends.triton",
     "gluon": "fp8dispatch.backends.gluon",
     "torchao": "fp8dispatch.backends.torchao",
+    "cutlass": "fp8dispatch.backends.cutlass",
     "weight_only": "fp8dispatch.backends.weight_only",
     "fbgemm_tile": "fp8dispatch.backends.fbgemm_tile",
     "mslk_tile": "fp8dispatch.backends.mslk_tile",
@@ -43,8 +44,13 @@ EXPERTS = "experts."
 _EXPERT_MODULES: dict[str, str] = {
     "triton": "fp8dispatch.moe.backends.triton",
     "deepgemm": "fp8dispatch.moe.backends.deepgemm",
+    "fbgemm": "fp8dispatch.moe.backends.fbgemm",
+    "mslk": "fp8dispatch.moe.backends.mslk",
+    "cutlass": "fp8dispatch.moe.backends.cutlass",
     "eager": "fp8dispatch.moe.backends.eager",
 }
+EXPERT_NAMES: tuple[str, ...] = tuple(_EXPERT_MODULES)
+"""Those that have an expert matmul; every other name refuses them."""
 
 
 def _find_plugins() -> dict[str, metadata.EntryPoint]:

@@ -80,10 +80,13 @@ def measured() -> tuple[Route, ...]:
 # Where nothing was measured: on Hopper the libraries that are installed for this, the vendor's GEMM
 # and then ours. Elsewhere the vendor's GEMM and our kernels come first: TorchAO's kernel is as
 # portable as ours and times 48 configurations at the first call of each size, and the block kernels
-# of the others do not run there at all. Last are those that a call must name to get.
-_NAMED = ("weight_only", "fbgemm_tile", "mslk_tile")
-_HOPPER = ("fbgemm", "mslk", "cublaslt", "torchao", "triton", "gluon", "deepgemm", *_NAMED)
-_OTHERS = ("cublaslt", "triton", "torchao", "fbgemm", "mslk", "deepgemm", "gluon", *_NAMED)
+# of the others do not run there at all. Last are those that have no linear layer, and those that a
+# call must name to get.
+_LAST = ("cutlass", "weight_only", "fbgemm_tile", "mslk_tile")
+_HOPPER = ("fbgemm", "mslk", "cublaslt", "torchao", "triton", "gluon", "deepgemm", *_LAST)
+_OTHERS = ("cublaslt", "triton", "torchao", "fbgemm", "mslk", "deepgemm", "gluon", *_LAST)
+# No expert matmul of a library has run on a GPU yet: ours first, then those with block recipes.
+_EXPERTS = ("triton", "deepgemm", "fbgemm", "mslk", "cutlass")
 
 
 def order_for(
@@ -98,8 +101,7 @@ def order_for(
         # Off the GPU plain torch comes first: the others run in an interpreter at best.
         return _complete(("eager",), known), "plain torch first off the GPU"
     if problem.family:
-        # No expert matmul of a library has been measured yet: ours first, then as registered.
-        return _complete(("triton",), known), "default"
+        return _complete(_EXPERTS, known), "default"
     # Measured routes depend on M, and one batch must not be summed as another is not.
     for route in () if problem.batch_invariant else measured():
         if route.fits(problem, machine):

@@ -63,7 +63,8 @@ def test_no_default_order_gets_to_it(m: int, accuracy: Accuracy) -> None:
 
 def test_no_exclusion_gets_to_it() -> None:
     """Whatever else is excluded, and when nothing else is left."""
-    others = [name for name in registry.NAMES if name not in NAMED]
+    # All of these run the call but the one that has expert matmuls alone.
+    others = [name for name in registry.NAMES if name not in (*NAMED, "cutlass")]
     asked: list[str] = []
     for count in (1, 2, len(others) - 1):
         for excluded in itertools.combinations(others, count):

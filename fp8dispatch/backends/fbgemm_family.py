@@ -81,19 +81,19 @@ class FbgemmFamily(LibraryBackend):
         self._ops: dict[str, Callable[..., torch.Tensor]] = {}
 
     def refuse_machine(self, machine: Machine) -> tuple[Refusal, ...]:
-        return (*self._refuse_installation(machine), *self._refuse_device(machine))
+        return (*self.refuse_installation(machine), *refuse_device(machine, self.capabilities))
 
     def refuse_call(self, problem: LinearProblem, machine: Machine) -> list[Refusal]:
         refusals = refuse_operands(problem, contiguous=True)
         if problem.recipe.granularity is Granularity.BLOCK:
             refusals += refuse_block(problem)
-            refusals += _refuse_group_columns(problem)
+            refusals += refuse_group_columns(problem)
             if machine.capability != _HOPPER:
                 need = "capability 9.0 for block scales (elsewhere they return uncomputed)"
                 refusals.append(Refusal("capability", need, str(machine)))
-            refusals += self._refuse_older(machine, self.block_since, "for right block scales")
+            refusals += self.refuse_older(machine, self.block_since, "for right block scales")
         elif machine.capability == _BLACKWELL:
-            refusals += self._refuse_older(machine, self.blackwell_since, "for capability 10.0")
+            refusals += self.refuse_older(machine, self.blackwell_since, "for capability 10.0")
         return refusals
 
     def row_multiple(self, problem: LinearProblem) -> int:
@@ -132,7 +132,8 @@ class FbgemmFamily(LibraryBackend):
                 return name
         return None
 
-    def _refuse_installation(self, machine: Machine) -> tuple[Refusal, ...]:
+    def refuse_installation(self, machine: Machine) -> tuple[Refusal, ...]:
+        """The library is not there, or not with the torch that it loads with."""
         torch_text = machine.versions.get("torch", "")
         first = self.distributions[0]
         wanted = f"{first} ({install_hint(first, torch_text)})"
@@ -158,19 +159,7 @@ class FbgemmFamily(LibraryBackend):
         need = f"torch {paired}, the one that {name} {text} loads with, or {wanted}"
         return (Refusal("torch", need, f"torch {torch_text}"),)
 
-    def _refuse_device(self, machine: Machine) -> tuple[Refusal, ...]:
-        if machine.is_rocm:
-            need = "an NVIDIA GPU (its ROCm builds are other kernels)"
-            return (Refusal("rocm", need, f"ROCm on {machine}"),)
-        if machine.capability in self.capabilities:
-            return ()
-        known = " or ".join(f"{major}.{minor}" for major, minor in self.capabilities)
-        need = f"a CUDA device of capability {known}"
-        if machine.is_consumer:
-            need += " (consumer chips are given the kernels of 9.0, which do not run there)"
-        return (Refusal("capability", need, str(machine)),)
-
-    def _refuse_older(
+    def refuse_older(
         self, machine: Machine, since: tuple[int, int], why: str
     ) -> tuple[Refusal, ...]:
         """A release before `since`; a nightly's date says nothing, so its numbers must tell."""
@@ -182,7 +171,24 @@ class FbgemmFamily(LibraryBackend):
         return (Refusal("version", need, f"{name} {machine.versions[name]}"),)
 
 
-def _refuse_group_columns(problem: LinearProblem) -> tuple[Refusal, ...]:
+def refuse_device(
+    machine: Machine, capabilities: tuple[tuple[int, int], ...]
+) -> tuple[Refusal, ...]:
+    """A device whose capability is none of these."""
+    if machine.is_rocm:
+        need = "an NVIDIA GPU (its ROCm builds are other kernels)"
+        return (Refusal("rocm", need, f"ROCm on {machine}"),)
+    if machine.capability in capabilities:
+        return ()
+    known = " or ".join(f"{major}.{minor}" for major, minor in capabilities)
+    need = f"a CUDA device of capability {known}"
+    if machine.is_consumer:
+        need += " (consumer chips are given the kernels of 9.0, which do not run there)"
+    return (Refusal("capability", need, str(machine)),)
+
+
+def refuse_group_columns(problem: LinearProblem) -> tuple[Refusal, ...]:
+    """A last group of columns that is not whole."""
     if problem.k % GROUP == 0:
         return ()
     need = f"K a multiple of {GROUP} with block scales"

@@ -49,7 +49,7 @@ class TileScales(FbgemmFamily):
         if problem.static_activation:
             need = "dynamic activations, which it scales in 128x128 tiles"
             refusals.append(Refusal("static", need, "one static activation scale"))
-        return [*refusals, *self._refuse_older(machine, self.block_since, "for right block scales")]
+        return [*refusals, *self.refuse_older(machine, self.block_since, "for right block scales")]
 
     def row_multiple(self, problem: LinearProblem) -> int:
         return 1

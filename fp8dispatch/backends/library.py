@@ -73,11 +73,15 @@ class LibraryBackend(Backend):
         Asked where `refuse_machine` and `refuse_problem` refuse nothing. The answer of the import
         holds for the life of the process.
         """
+        return self.imported() or self._refuse_entry(recipe)
+
+    def imported(self) -> tuple[Refusal, ...]:
+        """Import the library and say why that fails, whatever is to be computed."""
         if self._load_refusals is None:
             with self._lock:
                 if self._load_refusals is None:
                     self._load_refusals = self._attempt()
-        return self._load_refusals or self._refuse_entry(recipe)
+        return self._load_refusals
 
     def require(self, recipe: Recipe) -> None:
         """Load the library.

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
+from fp8dispatch.moe.backends.contract import ExpertWeights
+from fp8dispatch.prepare import prepared
 from fp8dispatch.recipe import Granularity
-
-if TYPE_CHECKING:
-    import torch
-
-    from fp8dispatch.moe.backends.contract import ExpertWeights
 
 
 def kernel_scale(weights: ExpertWeights) -> torch.Tensor:
@@ -18,3 +15,14 @@ def kernel_scale(weights: ExpertWeights) -> torch.Tensor:
         return weights.scale
     experts, n, _ = weights.data.shape
     return weights.scale.reshape(experts, 1, 1).expand(experts, n, 1)
+
+
+def spread_rows(weights: ExpertWeights) -> torch.Tensor:
+    """Per-row scales, or those per tensor repeated, as a contiguous [E, N]; made once."""
+    experts, n, _ = weights.data.shape
+
+    def build() -> torch.Tensor:
+        scale = weights.scale.reshape(experts, -1).expand(experts, n)
+        return scale.clone(memory_format=torch.contiguous_format)
+
+    return prepared(weights.scale_source, ("experts", "rows", n), build)

@@ -171,15 +171,19 @@ def _applicable(
         dtypes[0],
         dtype_name(activation_float8(getattr(torch, dtypes[0]))),
         "bfloat16" if "bfloat16" in backend.out_dtypes else min(backend.out_dtypes),
-        accuracy=Accuracy.EXACT if Accuracy.EXACT in backend.accuracies else Accuracy.FAST,
         experts=_EXPERTS,
     )
-    wanted: list[ExpertsProblem] = []
     for n, k in ((272, 640), (256, 640), (256, 512)):
-        wanted += list(_ways(replace(plain, n=n, k=k)))
-        taken = [one for one in wanted if not backend.refuse_problem(one, machine)]
-        if taken:
-            return taken, ()
+        ways = list(_ways(replace(plain, n=n, k=k)))
+        exact, fast = (
+            [one for one in of_class if not backend.refuse_problem(one, machine)]
+            for of_class in (ways, [replace(one, accuracy=Accuracy.FAST) for one in ways])
+        )
+        if Accuracy.FAST not in backend.accuracies:
+            fast = []
+        # Of the fast class one call will do, unless the recipe has no other.
+        if exact or fast:
+            return exact + (fast[-1:] if exact else fast), ()
     return [], backend.refuse_problem(plain, machine)
 
 

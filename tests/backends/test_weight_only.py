@@ -101,7 +101,9 @@ def test_nobody_gets_it_unasked(machine: Machine) -> None:
 
 
 def test_no_exclusion_gets_to_it() -> None:
-    others = [name for name in registry.NAMES if not registry.load(name).opt_in]
+    # All of these run the call but the one that has expert matmuls alone.
+    unnamed = [name for name in registry.NAMES if not registry.load(name).opt_in]
+    others = [name for name in unnamed if name != "cutlass"]
     for count in (1, len(others) - 1):
         for excluded in itertools.combinations(others, count):
             assert route(Policy(excluded=excluded)).backend != "weight_only"

@@ -15,7 +15,7 @@ from fp8dispatch.moe.backends.eager import Eager
 from fp8dispatch.moe.backends.missing import Missing
 from fp8dispatch.moe.routing import Routing
 from fp8dispatch.probes.numerics import CanaryResult, run_canary
-from fp8dispatch.problem import ExpertsProblem
+from fp8dispatch.problem import Accuracy, ExpertsProblem
 from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR, Granularity, Recipe
 
 CPU = torch.device("cpu")
@@ -143,3 +143,24 @@ def test_ways_that_a_backend_refuses_are_left_out() -> None:
     assert result.right, result.reason
     assert calls
     assert not any(problem.batched for problem in calls)
+
+
+@pytest.mark.parametrize("refused", [None, Accuracy.EXACT])
+def test_each_class_of_accumulation_is_tested_where_it_is_offered(refused: Accuracy | None) -> None:
+    calls: list[Accuracy] = []
+
+    class Both(Eager):
+        accuracies = frozenset(Accuracy)
+
+        def refuse_call(self, problem: Any, machine: Any) -> list[Refusal]:
+            return [Refusal("accuracy", "fast", "it")] if problem.accuracy is refused else []
+
+        def experts(self, *call: Any) -> torch.Tensor:
+            calls.append(call[-1].accuracy)
+            return super().experts(*call)
+
+    result = canary(Both())
+
+    assert result.right, result.reason
+    assert calls.count(Accuracy.FAST) == (1 if refused is None else len(calls))
+    assert len(calls) > 5

@@ -1,14 +1,20 @@
-"""DeepGEMM's grouped GEMM in its contiguous layout: 1x128 groups, 128x128 blocks, bf16 output.
+"""DeepGEMM's grouped GEMMs: 1x128 groups, 128x128 blocks, bf16 output; see the linear's module.
 
-``m_grouped_fp8_gemm_nt_contiguous((a, sa), (b, sb), out, m_indices, disable_ue8m0_cast=True)``
-of the distribution that `fp8dispatch.backends.deepgemm` describes: `b` is [E, N, K] and
-contiguous, `sb` [E, N / 128, K / 128], and ``m_indices`` says the expert of each row of `a`. A
-tile of 128 rows belongs to one expert, so each expert's rows begin at a multiple of 128; places
-without a row say -1, and nothing is written there.
+Two layouts of the distribution that `fp8dispatch.backends.deepgemm` describes, chosen by the call
+(`masked_rows`). In both `b` is [E, N, K] and contiguous, `sb` [E, ceil(N / 128), ceil(K / 128)].
 
-Quantised rows are copied to their places in the call, and results back: a copy of FP8 rows each
-way that our own kernels do not need. Read in DeepGEMM's sources and never run on a GPU by us:
-it stands behind our own kernels, and its first run is in a child process.
+* Contiguous, ``m_grouped_fp8_gemm_nt_contiguous((a, sa), (b, sb), out, m_indices)``: ``m_indices``
+  says the expert of each row of `a`. A tile of 128 rows belongs to one expert, so each expert's
+  rows begin at a multiple of 128; places without a row say -1.
+* Masked, ``m_grouped_fp8_gemm_nt_masked((a, sa), (b, sb), out, masked_m, expected_m)``: `a`
+  [E, R, K] holds the rows of each expert in a block of its own, of which the first ``masked_m[e]``
+  count, and tiles without rows are not computed. For few rows in any order: every expert must have
+  room for all of them, so memory grows with E x R, and R is a multiple of the largest tile, since
+  a tile that overhangs is written into the next expert's rows (deepseek-ai/DeepGEMM#268).
+  ``expected_m`` only picks the kernel, so it comes from shapes.
+
+Read in DeepGEMM's sources and never run on a GPU by us: it stands behind our own kernels, and its
+first run is in a child process.
 """
 
 from __future__ import annotations
@@ -18,30 +24,26 @@ from importlib import import_module
 
 from fp8dispatch.backends.deepgemm import BACKEND as LINEAR
 from fp8dispatch.backends.deferred import computed_in
-from fp8dispatch.backends.library import (
-    Warmed,
-    refuse_block,
-    refuse_operands,
-)
-from fp8dispatch.errors import BackendUnavailableError, Refusal
+from fp8dispatch.backends.library import GROUP, Warmed
+from fp8dispatch.errors import Refusal
 from fp8dispatch.machine import Machine
-from fp8dispatch.moe.backends.contract import ExpertBackend
+from fp8dispatch.moe.backends.library import GroupedLibrary, refuse_grouped
 from fp8dispatch.problem import ExpertsProblem, LinearProblem
-from fp8dispatch.recipe import Granularity, Recipe
+from fp8dispatch.recipe import Granularity, Recipe, ceil_div
 
-ENTRY = "m_grouped_fp8_gemm_nt_contiguous"
+CONTIGUOUS, MASKED = "m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked"
 TILE_ROWS = 128
-_MOST_ELEMENTS = 2**31
+
+MOST_MASKED_BYTES = 2**30
+"""Memory that the masked layout may take in a call: operands, scales and output of all places."""
 
 
-class DeepGemm(ExpertBackend):
-    """``m_grouped_fp8_gemm_nt_contiguous`` of DeepGEMM as SGLang packages it."""
+class DeepGemm(GroupedLibrary):
+    """The grouped GEMMs of DeepGEMM as SGLang packages it."""
 
     name = "deepgemm"
     capabilities = LINEAR.capabilities
     recipes = frozenset({Granularity.BLOCK})
-    weight_dtypes = LINEAR.weight_dtypes
-    out_dtypes = LINEAR.out_dtypes
     align_n = LINEAR.align_n
     align_k = LINEAR.align_k
     distributions = LINEAR.distributions
@@ -57,35 +59,30 @@ class DeepGemm(ExpertBackend):
         return LINEAR.refuse_machine(machine)
 
     def refuse_call(self, problem: LinearProblem, machine: Machine) -> list[Refusal]:
-        refusals = refuse_operands(problem, contiguous=True) + refuse_block(problem)
-        if not isinstance(problem, ExpertsProblem):
-            return refusals
-        if problem.static_per_expert:
-            need = "one activation scale for all experts, or none"
-            refusals.append(Refusal("static", need, f"{problem.experts} of them"))
-        places = problem.m + problem.experts * TILE_ROWS
-        if places * max(problem.n, problem.k) >= _MOST_ELEMENTS:
-            need = "padded rows below 2**31 elements (32-bit offsets)"
-            found = f"{places} rows of {max(problem.n, problem.k)}"
-            refusals.append(Refusal("size", need, found))
-        return refusals
+        return refuse_grouped(problem, row_multiple=TILE_ROWS)
 
     def loadable(self, recipe: Recipe) -> tuple[Refusal, ...]:
         refused = LINEAR.loadable(recipe)
-        if not refused and not hasattr(import_module("deep_gemm"), ENTRY):
-            return (Refusal("entry", f"deep_gemm.{ENTRY}", "none"),)
-        return refused
+        if refused:
+            return refused
+        library = import_module("deep_gemm")
+        return tuple(
+            Refusal("entry", f"deep_gemm.{entry}", "none")
+            for entry in (CONTIGUOUS, MASKED)
+            if not hasattr(library, entry)
+        )
 
-    def require(self, recipe: Recipe) -> None:
-        """Load the library.
 
-        Raises:
-            BackendUnavailableError: with the refusals of `loadable`.
-        """
-        reasons = self.loadable(recipe)
-        if reasons:
-            told = "; ".join(f"{self.name} {reason}" for reason in reasons)
-            raise BackendUnavailableError(f"{told}; exclude it or repair the installation")
+def masked_rows(problem: ExpertsProblem) -> int | None:
+    """Places of each expert in the masked layout; None where the call takes the contiguous one.
+
+    Masked are batched calls, whose rows come in any order, while all places together need at most
+    `MOST_MASKED_BYTES`.
+    """
+    rows = ceil_div(problem.m, TILE_ROWS) * TILE_ROWS
+    each = problem.k + 4 * ceil_div(problem.k, GROUP) + 2 * problem.n
+    fits = problem.experts * rows * each <= MOST_MASKED_BYTES
+    return rows if problem.batched and fits else None
 
 
 BACKEND = DeepGemm()
