@@ -21,7 +21,7 @@ from fp8dispatch.recipe import Recipe
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fp8dispatch.doctor.collect import Call
+    from fp8dispatch.doctor.questions import Call
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 5
 
@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", metavar="M,N,K", help="explain one call; needs --recipe")
     parser.add_argument(
         "--recipe", metavar="R", help="of --shape: tensor, row, block (128x128) or block:BNxBK"
+    )
+    parser.add_argument(
+        "--experts", type=int, metavar="E", help="--shape is an expert matmul of weights [E, N, K]"
+    )
+    parser.add_argument(
+        "--batched", action="store_true", help="each row of it names its expert; else sorted rows"
     )
     parser.add_argument("--machine", metavar="NAME", help="decide for another GPU, such as h100")
     parser.add_argument("--device", type=int, metavar="N", help="ask about one GPU")
@@ -61,7 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Collect and print what the arguments ask for; returns the exit code."""
     errors = Console(stderr=True)
     try:
-        call = parse_call(arguments.shape, arguments.recipe)
+        call = parse_call(
+            arguments.shape, arguments.recipe, arguments.experts, batched=arguments.batched
+        )
         return _report(arguments, call, errors)
     except InvalidInputError as error:
         errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
@@ -92,14 +100,24 @@ def _report(arguments: argparse.Namespace, call: Call | None, errors: Console) -
     return report.exit_code
 
 
-def parse_call(shape: str | None, recipe: str | None) -> Call | None:
-    """The call of ``--shape`` and ``--recipe``; None where neither is given.
+def parse_call(
+    shape: str | None, recipe: str | None, experts: int | None = None, *, batched: bool = False
+) -> Call | None:
+    """The call of ``--shape``, ``--recipe`` and ``--experts``; None where none is given.
 
     Raises:
         InvalidInputError: one without the other, or what cannot be read.
     """
-    from fp8dispatch.doctor.collect import Call
+    from fp8dispatch.doctor.questions import Call
 
+    if experts is None and batched:
+        raise InvalidInputError("--batched says how rows of --experts come: add --experts E")
+    if experts is not None and shape is None:
+        raise InvalidInputError(
+            f"--experts {experts} is of --shape M,N,K and --recipe R, found neither: add both"
+        )
+    if experts is not None and experts < 1:
+        raise InvalidInputError(f"--experts must be the number of experts, found {experts}")
     if shape is None and recipe is None:
         return None
     if shape is None or recipe is None:
@@ -113,7 +131,7 @@ def parse_call(shape: str | None, recipe: str | None) -> Call | None:
         raise InvalidInputError(
             f"--shape must be M,N,K with N and K at least 1, such as 16,4096,7168, found {shape!r}"
         )
-    return Call(m, n, k, parse_recipe(recipe))
+    return Call(m, n, k, parse_recipe(recipe), experts, batched)
 
 
 def parse_recipe(text: str) -> Recipe:

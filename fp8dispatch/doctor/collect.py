@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from fp8dispatch import __version__
 from fp8dispatch.doctor.decisions import Examination
@@ -21,26 +20,24 @@ from fp8dispatch.doctor.overrides import (
     describe_quarantine,
     resolve_policy,
 )
-from fp8dispatch.doctor.report import EXIT_CODES, DeviceRecord, Finding, Report, status_of
+from fp8dispatch.doctor.questions import Call
+from fp8dispatch.doctor.report import (
+    EXIT_CODES,
+    BackendRecord,
+    ChoiceRecord,
+    DeviceRecord,
+    Finding,
+    Report,
+    status_of,
+)
 from fp8dispatch.doctor.secrets import scrubbed, shown_variables
 from fp8dispatch.errors import InvalidInputError
 from fp8dispatch.policy import Policy
 from fp8dispatch.probes.packages import package_report
-from fp8dispatch.recipe import Recipe
 
 # Refusals that tell of an installation which can be repaired: the wrong torch for a library, one
 # that does not import, a plugin that does not answer. All others are as they should be.
 _REPAIRABLE = frozenset({"torch", "import", "operator", "compiler", "plugin"})
-
-
-@dataclass(frozen=True)
-class Call:
-    """The one call to explain."""
-
-    m: int
-    n: int
-    k: int
-    recipe: Recipe
 
 
 def collect(
@@ -140,33 +137,52 @@ def _examine(
         update={
             "backends": asked.backends(),
             "routes": asked.routes(),
-            "call": None if call is None else asked.call(call.m, call.n, call.k, call.recipe),
+            "experts": asked.experts(),
+            "expert_routes": asked.expert_routes(),
+            "call": None if call is None else asked.call(call),
         }
     )
 
 
 def _judge(device: DeviceRecord, allowed: Policy) -> Iterator[Finding]:
     """What is wrong with a device; refusals that are to be expected are not."""
+    for backends, what in ((device.backends, ""), (device.experts, " (experts)")):
+        for backend in backends:
+            yield from _judge_backend(backend, what, device.device)
+    for routes, table, what in (
+        (device.routes, "route table", ""),
+        (device.expert_routes, "table of experts", "experts in "),
+    ):
+        yield from _judge_routes(routes, table, what, device, allowed)
+
+
+def _judge_backend(backend: BackendRecord, what: str, where: str) -> Iterator[Finding]:
+    for one in backend.recipes:
+        if one.verdict == "wrong":
+            sentence = f"{backend.name}{what} is wrong for {one.recipe} on {where}: {one.reason}"
+            yield Finding(level="broken", sentence=sentence)
+    for reasons in (backend.refusals, *(one.refusals for one in backend.recipes)):
+        # Beside a reason that cannot be repaired the others do not matter.
+        if reasons and all(reason.code in _REPAIRABLE for reason in reasons):
+            for reason in reasons:
+                yield Finding(level="degraded", sentence=f"on {where} {reason.sentence}")
+
+
+def _judge_routes(
+    routes: tuple[ChoiceRecord, ...], table: str, what: str, device: DeviceRecord, allowed: Policy
+) -> Iterator[Finding]:
     where = device.device
-    for backend in device.backends:
-        for one in backend.recipes:
-            if one.verdict == "wrong":
-                sentence = f"{backend.name} is wrong for {one.recipe} on {where}: {one.reason}"
-                yield Finding(level="broken", sentence=sentence)
-        for reasons in (backend.refusals, *(one.refusals for one in backend.recipes)):
-            # Beside a reason that cannot be repaired the others do not matter.
-            if reasons and all(reason.code in _REPAIRABLE for reason in reasons):
-                for reason in reasons:
-                    yield Finding(level="degraded", sentence=f"on {where} {reason.sentence}")
-    failing = [choice for choice in device.routes if choice.backend is None]
+    failing = [choice for choice in routes if choice.backend is None]
     if failing:
         sentence = (
-            f"on {where} {len(failing)} of the {len(device.routes)} calls in the route table "
+            f"on {where} {len(failing)} of the {len(routes)} calls in the {table} "
             f"raise, the first because {failing[0].error}"
         )
         yield Finding(level="degraded", sentence=sentence)
-    slow = [choice.recipe for choice in device.routes if choice.backend == "eager"]
+    slow = [choice.recipe for choice in routes if choice.backend == "eager"]
     if slow and device.capability and "eager" not in allowed.only:
         recipes = ", ".join(dict.fromkeys(slow))
-        sentence = f"on {where} ({device.name}) only plain torch, which is slow, takes {recipes}"
+        sentence = (
+            f"on {where} ({device.name}) only plain torch, which is slow, takes {what}{recipes}"
+        )
         yield Finding(level="degraded", sentence=sentence)

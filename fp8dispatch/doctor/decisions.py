@@ -6,13 +6,20 @@ The same router, routes and trust as in a real call.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fp8dispatch import decide, registry, routes
-from fp8dispatch.backends.contract import Backend
+from fp8dispatch.backends.contract import Capability
 from fp8dispatch.backends.library import LibraryBackend
 from fp8dispatch.doctor.devices import Device
+from fp8dispatch.doctor.questions import (
+    RECIPES,
+    Call,
+    expert_problems,
+    linear_problems,
+    problem_of,
+)
 from fp8dispatch.doctor.report import (
     AssessmentRecord,
     BackendRecord,
@@ -23,9 +30,10 @@ from fp8dispatch.doctor.report import (
 )
 from fp8dispatch.errors import BackendUnavailableError, Refusal
 from fp8dispatch.machine import Machine
+from fp8dispatch.moe.backends.contract import ExpertBackend
 from fp8dispatch.policy import Policy
-from fp8dispatch.problem import LinearProblem
-from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR, Granularity, Recipe, infer_recipe
+from fp8dispatch.problem import ExpertsProblem, LinearProblem
+from fp8dispatch.recipe import Recipe
 from fp8dispatch.router import (
     Assessment,
     Decision,
@@ -35,23 +43,12 @@ from fp8dispatch.router import (
     select,
 )
 
-RECIPES = (
-    TENSOR,
-    ROW,
-    BLOCK_128,
-    Recipe(Granularity.BLOCK, (1, 128)),
-    Recipe(Granularity.BLOCK, (1, 32)),
-)
-ROWS = (1, 16, 256, 4096)
-SHAPES = ((4096, 7168), (4100, 7000))
-"""N and K of the route table: one that every kernel likes, and one that is ragged."""
-
 _SIMULATED = "a simulated machine: nothing can be tested on it from here"
 _NOT_YET = "no verdict is stored: --probe tests it now, else its first call does"
 
 
 class _Asked:
-    """A backend as the router asks it, whatever it raises.
+    """A backend as the router asks it, by the name that `registry.find` takes, whatever it raises.
 
     Where its library may be loaded, failing to load is a refusal like any other.
     """
@@ -60,7 +57,7 @@ class _Asked:
         self._may_load = may_load
         self._broken: Refusal | None = None
         try:
-            self._backend: Backend | None = registry.load(name)
+            self._backend: Capability | None = registry.find(name)
         except Exception as error:  # noqa: BLE001  # its error is its refusal, others go on
             self._backend = None
             self._broken = _failure("import", f"the module of {name} to load", error)
@@ -82,7 +79,8 @@ class _Asked:
         assert self._backend is not None  # else the machine was refused
         try:
             reasons = self._backend.refuse_problem(problem, machine)
-            if not reasons and self._may_load and isinstance(self._backend, LibraryBackend):
+            loads = isinstance(self._backend, (LibraryBackend, ExpertBackend))
+            if not reasons and self._may_load and loads:
                 reasons = self._backend.loadable(problem.recipe)
         except Exception as error:  # noqa: BLE001  # a plugin may raise anything
             reasons = (_failure("plugin", "a backend that answers without raising", error),)
@@ -107,18 +105,23 @@ class Examination:
 
     def backends(self) -> tuple[BackendRecord, ...]:
         """Every backend's verdict on this device."""
-        return tuple(self._backend(name) for name in registry.NAMES)
+        return tuple(self._backend(name, "") for name in registry.NAMES)
+
+    def experts(self) -> tuple[BackendRecord, ...]:
+        """The verdict of every backend that has an expert matmul."""
+        return tuple(self._backend(name, registry.EXPERTS) for name in registry.EXPERT_NAMES)
 
     def routes(self) -> tuple[ChoiceRecord, ...]:
         """The route table."""
-        return tuple(
-            self._choose(problem)[0] for recipe in RECIPES for problem in self._problems(recipe)
-        )
+        return self._routes("")
 
-    def call(self, m: int, n: int, k: int, recipe: Recipe) -> CallRecord:
-        """One call; its recipe is what `fp8_linear` would infer from such a scale."""
-        meant = infer_recipe((n, k), recipe.scale_shape(n, k), recipe.block_size)
-        choice, decision = self._choose(self._problem(m, n, k, meant))
+    def expert_routes(self) -> tuple[ChoiceRecord, ...]:
+        """The same for expert matmuls."""
+        return self._routes(registry.EXPERTS)
+
+    def call(self, call: Call) -> CallRecord:
+        """One call."""
+        choice, decision = self._choose(problem_of(call, self.allowed))
         if decision is None:
             return CallRecord(
                 choice=choice, assessments=choice.passed_over, text=choice.error or ""
@@ -126,24 +129,16 @@ class Examination:
         assessments = tuple(_assessment(one) for one in decision.assessments)
         return CallRecord(choice=choice, assessments=assessments, text=str(decision))
 
-    def _problem(self, m: int, n: int, k: int, recipe: Recipe) -> LinearProblem:
-        fp8 = "float8_e4m3fn"
-        return LinearProblem(
-            m,
-            n,
-            k,
-            recipe,
-            fp8,
-            fp8,
-            "bfloat16",
-            accuracy=self.allowed.accuracy,
-            batch_invariant=self.allowed.batch_invariant,
-        )
+    def _problems(self, recipe: Recipe, family: str) -> tuple[LinearProblem, ...]:
+        asked = expert_problems if family else linear_problems
+        return tuple(asked(recipe, self.allowed))
 
-    def _problems(self, recipe: Recipe) -> Iterator[LinearProblem]:
-        for n, k in SHAPES:
-            for m in ROWS:
-                yield self._problem(m, n, k, recipe)
+    def _routes(self, family: str) -> tuple[ChoiceRecord, ...]:
+        return tuple(
+            self._choose(problem)[0]
+            for recipe in RECIPES
+            for problem in self._problems(recipe, family)
+        )
 
     @functools.cached_property
     def _standings(self) -> dict[tuple[str, Recipe], Standing]:
@@ -152,7 +147,8 @@ class Examination:
     @functools.cached_property
     def _candidates(self) -> dict[str, _Asked]:
         may_load = self.probe and not self.device.simulated
-        return {name: _Asked(name, may_load=may_load) for name in registry.NAMES}
+        names = [family + name for family in ("", registry.EXPERTS) for name in registry.NAMES]
+        return {name: _Asked(name, may_load=may_load) for name in names}
 
     def _standing(self, name: str, recipe: Recipe) -> Standing:
         known = self._standings.get((name, recipe))
@@ -162,7 +158,7 @@ class Examination:
 
     def _find_standing(self, name: str, recipe: Recipe) -> Standing:
         if self.device.simulated:
-            if name == "eager":
+            if name.removeprefix(registry.EXPERTS) == "eager":
                 return Standing("not needed", "plain torch defines the numbers", usable=True)
             return Standing("untested", _SIMULATED, usable=True)
         device, machine = self.device.name, self.device.machine
@@ -176,19 +172,19 @@ class Examination:
             return known
         return replace(known, reason=_NOT_YET, usable=True)
 
-    def _backend(self, name: str) -> BackendRecord:
-        asked = self._candidates[name]
+    def _backend(self, name: str, family: str) -> BackendRecord:
+        asked = self._candidates[family + name]
         reasons = refuse_unnamed(name, asked, self.allowed)  # tested only where it is named
         reasons += asked.refuse_machine(self.device.machine)
         if reasons:
             return BackendRecord(name=name, refusals=_refusals(name, reasons))
-        recipes = tuple(self._recipe(name, asked, recipe) for recipe in RECIPES)
+        recipes = tuple(self._recipe(name, family, recipe) for recipe in RECIPES)
         return BackendRecord(name=name, refusals=(), recipes=recipes)
 
-    def _recipe(self, name: str, asked: _Asked, recipe: Recipe) -> RecipeRecord:
-        answers = [
-            asked.refuse_problem(problem, self.device.machine) for problem in self._problems(recipe)
-        ]
+    def _recipe(self, name: str, family: str, recipe: Recipe) -> RecipeRecord:
+        asked, machine = self._candidates[family + name], self.device.machine
+        problems = self._problems(recipe, family)
+        answers = [asked.refuse_problem(problem, machine) for problem in problems]
         if all(answers):
             # Of the first, which is aligned: what it refuses is the recipe.
             return RecipeRecord(
@@ -197,16 +193,19 @@ class Examination:
                 reason=f"{name} does not take it",
                 refusals=_refusals(name, answers[0]),
             )
-        standing = self._standing(name, recipe)
+        standing = self._standing(family + name, recipe)
         return RecipeRecord(recipe=str(recipe), verdict=standing.verdict, reason=standing.reason)
 
     def _choose(self, problem: LinearProblem) -> tuple[ChoiceRecord, Decision | None]:
         order, route = routes.order_for(problem, self.device.machine, registry.NAMES)
+        family = problem.family
         chosen = ChoiceRecord(
             recipe=str(problem.recipe),
             m=problem.m,
             n=problem.n,
             k=problem.k,
+            experts=problem.experts if isinstance(problem, ExpertsProblem) else None,
+            batched=isinstance(problem, ExpertsProblem) and problem.batched,
             backend=None,
             decided_by=self.allowed.source,
             route=route,
@@ -219,8 +218,8 @@ class Examination:
                 self.device.machine,
                 self.allowed,
                 order,
-                self._candidates.__getitem__,
-                lambda name: self._standing(name, problem.recipe),
+                lambda name: self._candidates[family + name],
+                lambda name: self._standing(family + name, problem.recipe),
                 route,
             )
         except BackendUnavailableError as error:
@@ -239,10 +238,10 @@ class Examination:
 
     def _refused(self, problem: LinearProblem, name: str) -> AssessmentRecord:
         """Why one backend does not run a call that none of them runs, as the router has it."""
-        asked = self._candidates[name]
+        asked = self._candidates[problem.family + name]
         reasons = refusals_of(name, asked, problem, self.device.machine, self.allowed)
         if not reasons:
-            standing = self._standing(name, problem.recipe)
+            standing = self._standing(problem.family + name, problem.recipe)
             found = f"{standing.verdict} ones: {standing.reason}"
             reasons = (Refusal("numbers", "right numbers on this machine", found),)
         return AssessmentRecord(backend=name, refusals=_refusals(name, reasons))

@@ -6,7 +6,7 @@ and never cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -46,8 +46,13 @@ def render(report: Report, console: Console, *, only_call: bool = False) -> None
         _render_machine(report, out)
         _render_libraries(report, out)
         for devices in _alike(report.devices):
-            _render_backends(devices, out)
+            first, names = devices[0], _names(devices)
+            title = f"Backends on {names}: their numbers, or why not"
+            _render_backends(title, first.backends, first.simulated, out)
             _render_routes(devices, out)
+            title = f"Experts on {names}: the backends that have any, their numbers, or why not"
+            _render_backends(title, first.experts, first.simulated, out)
+            _render_expert_routes(devices, out)
         _render_overrides(report, out)
         _render_state(report, out)
     for device in report.devices:
@@ -138,11 +143,7 @@ def _alike(devices: Sequence[DeviceRecord]) -> Iterator[list[DeviceRecord]]:
             continue
         for group in groups:
             first = group[0]
-            if (first.name, first.backends, first.routes) == (
-                device.name,
-                device.backends,
-                device.routes,
-            ):
+            if _answers(first) == _answers(device):
                 group.append(device)
                 break
         else:
@@ -150,9 +151,14 @@ def _alike(devices: Sequence[DeviceRecord]) -> Iterator[list[DeviceRecord]]:
     yield from groups
 
 
-def _render_backends(devices: list[DeviceRecord], out: _Printer) -> None:
-    backends = devices[0].backends
-    out.title(f"Backends on {_names(devices)}: their numbers, or why not")
+def _answers(device: DeviceRecord) -> tuple[object, ...]:
+    return device.name, device.backends, device.routes, device.experts, device.expert_routes
+
+
+def _render_backends(
+    title: str, backends: Sequence[BackendRecord], simulated: bool, out: _Printer
+) -> None:
+    out.title(title)
     recipes = [one.recipe for backend in backends for one in backend.recipes]
     headings = list(dict.fromkeys(recipes))
     rows = [_backend_row(backend, headings) for backend in backends]
@@ -163,7 +169,7 @@ def _render_backends(devices: list[DeviceRecord], out: _Printer) -> None:
         for one in backend.recipes:
             for reason in one.refusals:
                 out.line(f"{one.recipe}: {reason.sentence}", indent=2)
-    if devices[0].simulated:
+    if simulated:
         return  # all is untested, for the one reason that stands above
     told: dict[str, list[str]] = {}
     for backend in backends:
@@ -195,19 +201,55 @@ def _short(verdict: str) -> str:
 def _render_routes(devices: list[DeviceRecord], out: _Printer) -> None:
     device = devices[0]
     out.title(f"Routes on {_names(devices)}: what runs a call, bf16 output, no bias")
+    _render_choices(
+        device.routes,
+        device.backends,
+        device,
+        ("recipe", "N x K"),
+        lambda choice: (_column(choice.recipe), f"{choice.n} x {choice.k}"),
+        lambda choice: f"M={choice.m}",
+        out,
+    )
+
+
+def _render_expert_routes(devices: list[DeviceRecord], out: _Printer) -> None:
+    device = devices[0]
+    if not device.expert_routes:
+        return
+    of_all = device.expert_routes[0]
+    weights = f"E={of_all.experts} N={of_all.n} K={of_all.k}"
+    out.title(f"What runs experts on {_names(devices)}: {weights}, bf16 output, no bias")
+    _render_choices(
+        device.expert_routes,
+        device.experts,
+        device,
+        ("recipe",),
+        lambda choice: (_column(choice.recipe),),
+        lambda choice: f"{'batched' if choice.batched else 'grouped'} M={choice.m}",
+        out,
+    )
+
+
+def _render_choices(
+    choices: Sequence[ChoiceRecord],
+    backends: Sequence[BackendRecord],
+    device: DeviceRecord,
+    headings: tuple[str, ...],
+    row_of: Callable[[ChoiceRecord], tuple[str, ...]],
+    column_of: Callable[[ChoiceRecord], str],
+    out: _Printer,
+) -> None:
+    """A table of choices, with the reasons below it that its marks name."""
     reasons: dict[tuple[str, ...], int] = {}
-    cells: dict[tuple[str, int, int], dict[int, str]] = {}
-    for choice in device.routes:
-        mark = reasons.setdefault(_reason(choice, device), len(reasons) + 1)
-        row = cells.setdefault((choice.recipe, choice.n, choice.k), {})
-        row[choice.m] = f"{choice.backend or 'ERROR'} [{mark}]"
-    sizes = list(dict.fromkeys(choice.m for choice in device.routes))
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for choice in choices:
+        mark = reasons.setdefault(_reason(choice, backends, device.simulated), len(reasons) + 1)
+        row = cells.setdefault(row_of(choice), {})
+        row[column_of(choice)] = f"{choice.backend or 'ERROR'} [{mark}]"
+    columns = list(dict.fromkeys(map(column_of, choices)))
     out.table(
-        ("recipe", "N x K", *(f"M={m}" for m in sizes)),
-        [
-            (_column(recipe), f"{n} x {k}", *(row.get(m, "") for m in sizes))
-            for (recipe, n, k), row in cells.items()
-        ],
+        (*headings, *columns),
+        [(*row, *(of_row.get(column, "") for column in columns)) for row, of_row in cells.items()],
     )
     for lines, mark in reasons.items():
         out.line(f"[{mark}] {lines[0]}")
@@ -215,13 +257,15 @@ def _render_routes(devices: list[DeviceRecord], out: _Printer) -> None:
             out.line(line, indent=4)
 
 
-def _reason(choice: ChoiceRecord, device: DeviceRecord) -> tuple[str, ...]:
+def _reason(
+    choice: ChoiceRecord, backends: Sequence[BackendRecord], simulated: bool
+) -> tuple[str, ...]:
     """Why a choice was made, in lines; choices with the same lines share a mark."""
     order = choice.route if choice.route != "default" else "the default for this GPU"
     stated = "" if choice.decided_by == "default" else f", decided by {choice.decided_by}"
     raises = "" if choice.error is None else "the call raises, since no backend is left; "
     lines = [f"{raises}order: {order}{stated}"]
-    cannot_run = {backend.name for backend in device.backends if backend.refusals}
+    cannot_run = {backend.name for backend in backends if backend.refusals}
     absent = [one.backend for one in choice.passed_over if one.backend in cannot_run]
     if absent:
         lines.append(f"{', '.join(absent)}: cannot run here, for the reasons above")
@@ -231,7 +275,7 @@ def _reason(choice: ChoiceRecord, device: DeviceRecord) -> tuple[str, ...]:
         if one.backend not in cannot_run
         for reason in one.refusals
     ]
-    if choice.numbers == "untested" and not device.simulated:
+    if choice.numbers == "untested" and not simulated:
         lines.append(f"the numbers of {choice.backend} are untested")
     return tuple(lines)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-SCHEMA_VERSION: Literal[2] = 2
+SCHEMA_VERSION: Literal[3] = 3
 
 Level = Literal["note", "degraded", "no gpu", "broken"]
 Status = Literal["healthy", "degraded", "no gpu", "broken"]
@@ -91,6 +91,8 @@ class ChoiceRecord(Record):
     """What runs one call, and why.
 
     Attributes:
+        experts: how many there are, of an expert matmul; None for a linear layer.
+        batched: each row of it names its expert; else rows come sorted by expert.
         backend: the chosen one; None where every allowed backend refuses, so that the call raises.
         decided_by: ``"default"``, ``"use_backend"``, ``"FP8DISPATCH_BACKEND"`` and the like.
         route: where the order of backends comes from, with its evidence.
@@ -105,6 +107,8 @@ class ChoiceRecord(Record):
     m: int
     n: int
     k: int
+    experts: int | None = None
+    batched: bool = False
     backend: str | None
     decided_by: str
     route: str
@@ -129,6 +133,8 @@ class DeviceRecord(Record):
         device: as torch names it, ``"cuda:0"``; for a simulated machine its name.
         simulated: it is not here; nothing was or can be tested on it.
         decided: whether backends were asked; where not, a finding says why.
+        experts, expert_routes: the same as `backends` and `routes` of expert matmuls, for the
+            backends that have one.
     """
 
     device: str
@@ -144,6 +150,8 @@ class DeviceRecord(Record):
     decided: bool
     backends: tuple[BackendRecord, ...] = ()
     routes: tuple[ChoiceRecord, ...] = ()
+    experts: tuple[BackendRecord, ...] = ()
+    expert_routes: tuple[ChoiceRecord, ...] = ()
     call: CallRecord | None = None
 
 
@@ -195,7 +203,7 @@ class Report(Record):
             says what files, NVML and stored verdicts tell, and not whether an import would work.
     """
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     fp8dispatch: str
     python: str
     system: str

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from fp8dispatch import registry
 from fp8dispatch.doctor.__main__ import main
-from fp8dispatch.doctor.collect import Call, collect
+from fp8dispatch.doctor.collect import collect
+from fp8dispatch.doctor.questions import Call
 from fp8dispatch.doctor.render import render
 from fp8dispatch.doctor.report import Report
 from fp8dispatch.recipe import BLOCK_128
@@ -43,13 +44,13 @@ def test_no_refusal_is_lost_on_any_width(name: str, width: int) -> None:
     device = report.devices[0]
     sentences = [
         reason.sentence
-        for backend in device.backends
+        for backend in (*device.backends, *device.experts)
         for reasons in (backend.refusals, *(one.refusals for one in backend.recipes))
         for reason in reasons
     ]
     sentences += [
         reason.sentence
-        for choice in device.routes
+        for choice in (*device.routes, *device.expert_routes)
         for one in choice.passed_over
         for reason in one.refusals
     ]
@@ -139,7 +140,7 @@ def test_json_is_the_whole_output(plant: Plant, capsys: pytest.CaptureFixture[st
     assert code == 0
     assert captured.err == ""
     assert "\x1b" not in captured.out
-    assert json.loads(captured.out)["schema_version"] == 2
+    assert json.loads(captured.out)["schema_version"] == 3
     assert Report.model_validate_json(captured.out).status == "healthy"
 
 

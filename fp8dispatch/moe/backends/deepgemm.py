@@ -24,7 +24,7 @@ from importlib import import_module
 
 from fp8dispatch.backends.deepgemm import BACKEND as LINEAR
 from fp8dispatch.backends.deferred import computed_in
-from fp8dispatch.backends.library import GROUP, Warmed
+from fp8dispatch.backends.library import GROUP, Warmed, refuse_block
 from fp8dispatch.errors import Refusal
 from fp8dispatch.machine import Machine
 from fp8dispatch.moe.backends.library import GroupedLibrary, refuse_grouped
@@ -59,7 +59,7 @@ class DeepGemm(GroupedLibrary):
         return LINEAR.refuse_machine(machine)
 
     def refuse_call(self, problem: LinearProblem, machine: Machine) -> list[Refusal]:
-        return refuse_grouped(problem, row_multiple=TILE_ROWS)
+        return refuse_grouped(problem, row_multiple=TILE_ROWS) + refuse_block(problem)
 
     def loadable(self, recipe: Recipe) -> tuple[Refusal, ...]:
         refused = LINEAR.loadable(recipe)

@@ -29,6 +29,7 @@ from fp8dispatch.backends.fbgemm_family import (
     refuse_device,
     refuse_group_columns,
 )
+from fp8dispatch.backends.library import refuse_block
 from fp8dispatch.errors import Refusal
 from fp8dispatch.machine import Machine
 from fp8dispatch.moe.backends.library import GroupedLibrary, refuse_grouped
@@ -63,6 +64,7 @@ class FbgemmFamilyExperts(GroupedLibrary):
     def refuse_call(self, problem: LinearProblem, machine: Machine) -> list[Refusal]:
         refusals = refuse_grouped(problem, row_multiple=ROW_MULTIPLE, most_experts=MOST_EXPERTS)
         if problem.recipe.granularity is Granularity.BLOCK:
+            refusals += refuse_block(problem)
             refusals += refuse_group_columns(problem)
             if problem.n % _BLOCK_COLUMNS:
                 need = f"N a multiple of {_BLOCK_COLUMNS} with block scales"

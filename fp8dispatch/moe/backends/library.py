@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fp8dispatch.backends.library import refuse_block, refuse_operands
+from fp8dispatch.backends.library import refuse_operands
 from fp8dispatch.errors import BackendUnavailableError, Refusal
 from fp8dispatch.moe.backends.contract import ExpertBackend
 from fp8dispatch.problem import ExpertsProblem, LinearProblem
@@ -36,13 +36,13 @@ class GroupedLibrary(ExpertBackend):
 def refuse_grouped(
     problem: LinearProblem, *, row_multiple: int, most_experts: int | None = None
 ) -> list[Refusal]:
-    """Refusals that such GEMMs have in common.
+    """Refusals that such GEMMs have in common; those of block recipes are `refuse_block`'s.
 
     Args:
         row_multiple: rows of each expert are padded to a multiple of this.
         most_experts: how many experts the library can take in one call; None for any number.
     """
-    refusals = refuse_operands(problem, contiguous=True) + refuse_block(problem)
+    refusals = refuse_operands(problem, contiguous=True)
     if problem.has_bias and problem.recipe.granularity is not Granularity.BLOCK:
         need = (
             "no bias (added to its bfloat16 product it would be rounded twice: use a backend that "
