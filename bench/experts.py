@@ -32,7 +32,7 @@ PREFILL_MANY = ((256, 4096, 7168, 2048),)
 DECODE = ((128, 1536, 2048), (256, 4096, 7168))
 TOKENS = (1, 8, 32, 128)
 TOP_K = 8
-BACKENDS = ("triton", "deepgemm")
+BACKENDS = ("triton", "deepgemm", "fbgemm", "mslk")  # of the last two the first one is loaded
 ROUNDS = 3
 CHECKED = 16
 

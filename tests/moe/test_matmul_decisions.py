@@ -15,7 +15,7 @@ from fp8dispatch import BackendUnavailableError, decide, registry, routes, trust
 from fp8dispatch.machine import Machine
 from fp8dispatch.moe.matmul import explain_experts
 from fp8dispatch.policy import Policy
-from fp8dispatch.problem import ExpertsProblem
+from fp8dispatch.problem import Accuracy, ExpertsProblem
 from fp8dispatch.recipe import BLOCK_128, ROW
 from fp8dispatch.router import select
 from tests import oracle
@@ -51,6 +51,37 @@ def test_every_gpu_with_triton_runs_our_kernels(capability: tuple[int, int]) -> 
     assert decision.assessments[-1].backend == "eager"
 
 
+LIBRARIES = {
+    "fbgemm-gpu-genai": "1.6.0",
+    "mslk-cuda": "1.1.0",
+    "sgl-deep-gemm": "0.1.5.post1",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "others"),
+    [
+        ({}, ("deepgemm", "fbgemm", "mslk", "eager")),
+        ({"recipe": ROW}, ("cutlass", "eager")),
+        ({"recipe": ROW, "accuracy": Accuracy.FAST}, ("fbgemm", "mslk", "cutlass", "eager")),
+        ({"has_bias": True}, ("eager",)),
+        ({"n": 4104}, ("deepgemm", "eager")),
+        ({"experts": 1024, "recipe": ROW}, ("eager",)),
+    ],
+)
+def test_libraries_stand_behind_our_kernels_in_a_stated_order(
+    changes: dict[str, Any], others: tuple[str, ...]
+) -> None:
+    machine = replace(HOPPER, versions={**HOPPER.versions, **LIBRARIES})
+
+    decision = simulated(replace(PROBLEM, **changes), machine)
+
+    assert (decision.backend, decision.others) == ("triton", others)
+    refused = dict(decision.refusals)
+    for name in ("deepgemm", "fbgemm", "mslk", "cutlass"):
+        assert (name in refused) != (name in others)
+
+
 def test_without_triton_plain_torch_is_named_as_what_runs() -> None:
     decision = simulated(PROBLEM, replace(HOPPER, versions={"torch": "2.11.0"}))
 
@@ -75,6 +106,9 @@ def test_an_explanation_names_the_call_and_every_backend() -> None:
 
     assert str(decision).startswith("eager runs batched experts E=5 (gathers) M=6 N=8 K=16, row")
     assert "cublaslt needs an expert matmul, found linear layers only" in str(decision)
+    assert "cutlass needs a CUDA device of capability 9.0, found cpu" in str(decision)
+    assert "deepgemm needs sgl-deep-gemm" in str(decision)
+    assert "fbgemm needs fbgemm-gpu-genai" in str(decision)
     assert decision.as_dict()["problem"]["experts"] == 5
 
 

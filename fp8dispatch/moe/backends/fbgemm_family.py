@@ -57,6 +57,9 @@ class FbgemmFamilyExperts(GroupedLibrary):
     align_k = 16
     experts = computed_in("fp8dispatch.moe.backends.compute.fbgemm_family")
 
+    def __init__(self) -> None:
+        self._operators: dict[str, Callable[..., torch.Tensor] | None] = {}
+
     def refuse_machine(self, machine: Machine) -> tuple[Refusal, ...]:
         installation = self.linear.refuse_installation(machine)
         return (*installation, *refuse_device(machine, self.capabilities))
@@ -85,9 +88,12 @@ class FbgemmFamilyExperts(GroupedLibrary):
 
     def operator(self, recipe: Recipe) -> Callable[..., torch.Tensor] | None:
         """The operator of a recipe, once the library is imported; None where there is none."""
-        from fp8dispatch.backends.compute.operators import cuda_operator
+        name = _name(recipe)
+        if name not in self._operators:
+            from fp8dispatch.backends.compute.operators import cuda_operator
 
-        return cuda_operator(self.linear.namespace, _name(recipe))
+            self._operators[name] = cuda_operator(self.linear.namespace, name)
+        return self._operators[name]
 
 
 def _name(recipe: Recipe) -> str:
