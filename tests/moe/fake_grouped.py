@@ -286,6 +286,7 @@ def plant_deepgemm(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module = types.ModuleType("deep_gemm")
     module.m_grouped_fp8_gemm_nt_contiguous = deep_contiguous  # type: ignore[attr-defined]
     module.m_grouped_fp8_gemm_nt_masked = deep_masked  # type: ignore[attr-defined]
+    module.get_mk_alignment_for_contiguous_layout = lambda: 128  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "deep_gemm", module)
     monkeypatch.setattr(DEEPGEMM_LINEAR, "_load_refusals", ())
     for layout in ("contiguous", "masked"):

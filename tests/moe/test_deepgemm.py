@@ -90,6 +90,19 @@ def test_few_rows_in_any_order_are_masked(problem: object, rows: int | None) -> 
     assert masked_rows(problem) == rows  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("rows", "fits"), [(64, True), (128, True), (224, False), (256, False)])
+def test_a_library_with_other_tiles_is_refused(
+    library: types.ModuleType, rows: int, fits: bool
+) -> None:
+    library.get_mk_alignment_for_contiguous_layout = lambda: rows  # type: ignore[attr-defined]
+    call = make_call("grouped", BLOCK_128, 3, 16, 144, 6)
+    if fits:
+        oracle.assert_matches(run(DeepGemm(), call), call.truth(), min_sqnr=-math.inf)
+        return
+    with pytest.raises(BackendUnavailableError, match=rf"found an alignment of {rows}"):
+        run(DeepGemm(), call)
+
+
 @pytest.mark.parametrize("entry", ["contiguous", "masked"])
 def test_a_release_without_an_entry_is_refused(library: types.ModuleType, entry: str) -> None:
     delattr(library, f"m_grouped_fp8_gemm_nt_{entry}")

@@ -72,12 +72,12 @@ class FbgemmFamilyExperts(GroupedLibrary):
             if problem.n % _BLOCK_COLUMNS:
                 need = f"N a multiple of {_BLOCK_COLUMNS} with block scales"
                 refusals.append(Refusal("align-n", need, f"N={problem.n}"))
-            since, why = self.linear.block_since, "for right block scales"
-            refusals += self.linear.refuse_older(machine, since, why)
         elif problem.accuracy is Accuracy.EXACT:
             need = "a policy that allows fast accumulation with per-row and per-tensor scales"
             refusals.append(Refusal("accuracy", need, "exact"))
-        return refusals
+        # The release that brought the one of them; what the other took before was not read.
+        since = self.linear.block_since
+        return [*refusals, *self.linear.refuse_older(machine, since, "for its grouped GEMMs")]
 
     def loadable(self, recipe: Recipe) -> tuple[Refusal, ...]:
         refused = self.linear.imported()
