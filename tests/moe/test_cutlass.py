@@ -8,11 +8,12 @@ import math
 import pytest
 import torch
 
-from fp8dispatch import registry
+from fp8dispatch import decide, registry, trust
 from fp8dispatch.machine import Machine
 from fp8dispatch.moe.backends.cutlass import BACKEND, Cutlass
 from fp8dispatch.problem import Accuracy
 from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR, Recipe
+from fp8dispatch.trust import Verdict
 from tests import oracle
 from tests.backends.cases import A100, B200, CPU, H200, MI300X, RTX_5090, having, told
 from tests.moe import fake_grouped
@@ -74,6 +75,29 @@ def test_no_input_gives_zeros(backend: Cutlass) -> None:
     call.arguments["x"] = call.arguments["x"][:0]
 
     assert not run(backend, call).any()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_call_that_names_it_runs_on_it_with_gradients(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BACKEND, "refuse_machine", lambda machine: ())
+    right = Verdict("right", "as planted", "disk")
+    monkeypatch.setattr(trust, "judge", lambda *asked, **named: right)
+    decide.forget()
+    call = make_call(way, ROW, 4, 144, 208, 50)
+    x = call.arguments["x"].requires_grad_()
+
+    out = call.run(backend="cutlass")
+    out.sum().backward()
+    decide.forget()
+
+    assert fake_grouped.SEEN_FAST == [False]
+    oracle.assert_matches(out, call.truth(), min_sqnr=-math.inf)
+    reached = {source for _, source, _ in call.reached()}
+    assert x.grad is not None
+    assert set(x.grad.any(1).nonzero().flatten().tolist()) == reached
 
 
 @pytest.mark.parametrize("accuracy", Accuracy)
