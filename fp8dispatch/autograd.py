@@ -1,4 +1,4 @@
-"""The one autograd Function: the forward of `linear`, dX through the dequantised weight, dBias."""
+"""The one autograd Function: the forward of `linear`, dX as the call's policy says, dBias."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fp8dispatch import execute
+from fp8dispatch import dgrad, execute
 from fp8dispatch.checks import VMAP_REFUSED, unwrapped
 from fp8dispatch.errors import FrozenWeightError, UnsupportedTransformError
 from fp8dispatch.execute import LinearCall
+from fp8dispatch.formats import dtype_name
+from fp8dispatch.policy import Policy
 from fp8dispatch.prepare import weight_scale_fp32
 from fp8dispatch.probes.device import runs_kernels
+from fp8dispatch.problem import Dgrad
 from fp8dispatch.quantization.weight import block_of, dequantize_strip
 from fp8dispatch.recipe import Recipe, ceil_div
 
@@ -37,6 +40,9 @@ def apply(
 
     Args:
         compute: what computes the forward pass from these arguments, up to `call`.
+
+    Raises:
+        BackendUnavailableError: the policy states an FP8 dgrad that X's gradient cannot have.
     """
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -45,6 +51,9 @@ def apply(
         or (bias is not None and bias.requires_grad)
         or (activation_scale is not None and activation_scale.requires_grad)
     ):
+        if call.allowed.dgrad is Dgrad.FP8 and x.requires_grad:
+            data, _ = execute.oriented(weight, weight_scale, call)
+            dgrad.admit(x, data, call.recipe, call.allowed)
         out: torch.Tensor = FP8LinearFunction.apply(  # type: ignore[no-untyped-call]
             x, weight, weight_scale, bias, activation_scale, call, compute
         )
@@ -56,7 +65,8 @@ class FP8LinearFunction(torch.autograd.Function):
     """``Y = X @ dequantised(W).T + bias`` with the weight and all scales frozen.
 
     Shapes: X [..., K], W [N, K] (or transposed), Y [..., N]. Gradients: dX [..., K] in X's dtype
-    through the dequantised weight in dY's dtype, dBias [N] summed in fp32. Saved for backward:
+    through the dequantised weight in dY's dtype, or as an FP8 GEMM where the policy of the forward
+    call says so (`fp8dispatch.dgrad`); dBias [N] summed in fp32. Saved for backward:
     the weight and its scale, and only when X needs a gradient; never X itself.
     """
 
@@ -102,8 +112,10 @@ class FP8LinearFunction(torch.autograd.Function):
         with torch._C._DisableFuncTorch(), torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 weight, weight_scale = map(unwrapped, ctx.saved_tensors)
+                data, scale = execute.oriented(weight, weight_scale, ctx.call)
                 flat = grad.reshape(-1, grad.shape[-1])
-                grad_x = _grad_input(flat, weight, weight_scale, ctx.call)
+                allowed = ctx.call.allowed
+                grad_x = input_gradient(flat, data, scale, ctx.call.recipe, ctx.x_dtype, allowed)
                 grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
             if ctx.needs_input_grad[3]:
                 grad_bias = bias_gradient(grad, ctx.bias_dtype)
@@ -128,13 +140,30 @@ def bias_gradient(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(dtype)
 
 
-def _grad_input(
-    grad: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, call: LinearCall
+def input_gradient(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    allowed: Policy | None,
 ) -> torch.Tensor:
-    data, scale = execute.oriented(weight, weight_scale, call)
-    n, k = data.shape
-    fp32_scale = weight_scale_fp32(scale, call.recipe, n, k)
-    return grad_input(grad, data, fp32_scale, call.recipe)
+    """dX [M, K] of dY [M, N], in the way that the policy states; None states nothing.
+
+    Args:
+        weight, weight_scale: oriented as [N, K]; the scale as the caller has it.
+        dtype: of dX where an FP8 GEMM computes it; through the dequantised weight it is dY's.
+    """
+    if allowed is not None and allowed.dgrad is Dgrad.FP8:
+        return dgrad.grad_input(grad, weight, weight_scale, recipe, dtype, allowed)
+    scale = weight_scale_fp32(weight_scale, recipe, *weight.shape)
+    return grad_input(grad, weight, scale, recipe)
+
+
+def gradient_sentence(device: torch.device, dtype: torch.dtype) -> str:
+    """How dX goes through the dequantised weight, for a dY of this dtype."""
+    how = "a Triton kernel" if dequantizes_in_kernel(device, dtype) else "strips and torch.mm"
+    return f"through the dequantised weight in {dtype_name(dtype)}, by {how}"
 
 
 def dequantizes_in_kernel(device: torch.device, dtype: torch.dtype) -> bool:

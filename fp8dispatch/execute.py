@@ -33,6 +33,7 @@ class LinearCall:
         out_dtype: dtype of the output.
         allowed: which backends may run it.
         quantized: the activations and their scales, when they come quantised.
+        gradient: it computes dX, as `LinearProblem.gradient` says.
     """
 
     recipe: Recipe
@@ -41,6 +42,7 @@ class LinearCall:
     out_dtype: torch.dtype
     allowed: Policy
     quantized: QuantizedActivation | None = None
+    gradient: bool = False
 
 
 def forward(
@@ -165,4 +167,5 @@ def describe_call(
         weight.is_meta or (weight.data_ptr() | weight.stride(0)) % 16 == 0,
         call.allowed.accuracy,
         call.allowed.batch_invariant,
+        gradient=call.gradient,
     )

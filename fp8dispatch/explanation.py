@@ -18,7 +18,11 @@ from fp8dispatch.router import Decision
 
 @overload
 def explain(
-    X: nn.Module, *, tokens: int = 1, dtype: torch.dtype = torch.bfloat16
+    X: nn.Module,
+    *,
+    tokens: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    dgrad: bool | None = None,
 ) -> dict[str, Decision]: ...
 
 
@@ -33,6 +37,7 @@ def explain(
     *call: Any,
     tokens: int = 1,
     dtype: torch.dtype = torch.bfloat16,
+    dgrad: bool | None = None,
     **options: Any,
 ) -> Decision | dict[str, Decision]:
     """Which backend `fp8_linear` would run, and why not the others.
@@ -45,6 +50,7 @@ def explain(
         call: the other arguments of `fp8_linear`, for a call.
         tokens: rows of activations to explain a model for.
         dtype: dtype of the activations to explain a model for.
+        dgrad: also say how dX is computed; None does so for a call that records a gradient of X.
         options: the keyword arguments of `fp8_linear`, for a call.
 
     Returns:
@@ -57,7 +63,7 @@ def explain(
         with arguments of a call.
     """
     if not isinstance(X, nn.Module):
-        return linear.explain(X, *call, **options)
+        return linear.explain(X, *call, dgrad=dgrad, **options)
     if call or options:
         raise InvalidInputError(
             "a model is explained with tokens= and dtype= alone, found arguments of a call; "
@@ -68,10 +74,10 @@ def explain(
     decisions: dict[str, Decision] = {}
     for name, layer in X.named_modules():
         if isinstance(layer, FP8Linear):
-            decisions[name] = layer.explain(sample_of(layer, tokens, dtype))
+            decisions[name] = layer.explain(sample_of(layer, tokens, dtype), dgrad=dgrad)
         elif isinstance(layer, FP8Experts):
             prefix = f"{name}." if name else ""
-            explained = layer.explain(sample_of(layer, tokens, dtype))
+            explained = layer.explain(sample_of(layer, tokens, dtype), dgrad=dgrad)
             decisions |= {f"{prefix}{one}": decision for one, decision in explained.items()}
     if not decisions:
         raise InvalidInputError(

@@ -1,19 +1,19 @@
 """`rms_norm_linear` and `silu_mul_linear`: an operation, its quantisation, an FP8 linear, trained.
 
 The forward pass runs the fused quantiser and the linear on its result. Backward takes dY through
-the dequantised weight, as `fp8_linear` does, and on through the operation, whose inputs are what
-is saved. Rounding to FP8 counts as the identity, as everywhere in this library.
+the weight, as `fp8_linear` does, and on through the operation, whose inputs are what is saved.
+Rounding to FP8 counts as the identity, as everywhere in this library.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 import torch
 
-from fp8dispatch import autograd
+from fp8dispatch import autograd, dgrad, policy, registry
 from fp8dispatch.checks import (
     VMAP_REFUSED,
     check_bias,
@@ -26,15 +26,13 @@ from fp8dispatch.checks import (
 from fp8dispatch.errors import UnsupportedTransformError
 from fp8dispatch.execute import autocast_dtype
 from fp8dispatch.formats import activation_float8
+from fp8dispatch.fused_operations import Operation, RMSNorm, SiluMul
 from fp8dispatch.linear import fp8_linear, fp8_linear_quantized
-from fp8dispatch.prepare import weight_scale_fp32
+from fp8dispatch.policy import Policy
 from fp8dispatch.quantization import fused
-from fp8dispatch.quantization.activation import QuantizedActivation
 from fp8dispatch.quantization.fused_activation import (
     check_gate,
     check_norm,
-    rms_norm_quantize,
-    silu_mul_quantize,
 )
 from fp8dispatch.recipe import Recipe
 from fp8dispatch.validate import Operands, check_operands
@@ -114,8 +112,7 @@ def rms_norm_linear(
             block_size=block_size, out_dtype=resolved, backend=backend,
         )  # fmt: skip
         return out if total is None else (out, total)
-    call = _Call(_RMSNorm(eps), linear.recipe, linear.transposed,
-                 linear.scale is not weight_scale, resolved, backend)  # fmt: skip
+    call = _call(RMSNorm(eps), x, (norm_weight, residual), linear, weight_scale, resolved, backend)
     outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = _FusedLinear.apply(  # type: ignore[no-untyped-call]
         call, weight, weight_scale, bias, x, norm_weight, residual
     )
@@ -157,8 +154,7 @@ def silu_mul_linear(
             fused.silu_mul(gate, up), weight, weight_scale, bias,
             block_size=block_size, out_dtype=resolved, backend=backend,
         )  # fmt: skip
-    call = _Call(_SiluMul(), linear.recipe, linear.transposed,
-                 linear.scale is not weight_scale, resolved, backend)  # fmt: skip
+    call = _call(SiluMul(), gate, (up,), linear, weight_scale, resolved, backend)
     out: torch.Tensor = _FusedLinear.apply(  # type: ignore[no-untyped-call]
         call, weight, weight_scale, bias, gate, up, None
     )
@@ -181,89 +177,35 @@ def _check_linear(
     return operands, out_dtype or autocast_dtype(x) or x.dtype
 
 
-class _Operation(Protocol):
-    """What comes before the quantiser: a function of two tensors and perhaps a residual."""
-
-    def quantize(
-        self,
-        first: torch.Tensor,
-        second: torch.Tensor,
-        residual: torch.Tensor | None,
-        group_size: int | None,
-        dtype: torch.dtype,
-    ) -> tuple[QuantizedActivation, torch.Tensor | None]:
-        """The quantised result, and the sum with the residual where there is one."""
-
-    def gradients(
-        self, grad: torch.Tensor, first: torch.Tensor, second: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of both tensors in fp32, of `grad` [..., K] in fp32."""
-
-
-@dataclass(frozen=True)
-class _RMSNorm:
-    eps: float
-
-    def quantize(
-        self,
-        first: torch.Tensor,
-        second: torch.Tensor,
-        residual: torch.Tensor | None,
-        group_size: int | None,
-        dtype: torch.dtype,
-    ) -> tuple[QuantizedActivation, torch.Tensor | None]:
-        if residual is None:
-            alone = rms_norm_quantize(first, second, self.eps, group_size=group_size, dtype=dtype)
-            return alone, None
-        return rms_norm_quantize(
-            first, second, self.eps, residual=residual, group_size=group_size, dtype=dtype
-        )
-
-    def gradients(
-        self, grad: torch.Tensor, first: torch.Tensor, second: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of ``y = h * w * r`` with ``r = (mean(h^2) + eps)^(-1/2)``, so ``dr/dh = -r^3 h / K``."""
-        hidden = first.float()
-        factor = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.eps)
-        normal = hidden * factor
-        scaled = grad * second.float()
-        of_hidden = factor * (scaled - normal * (scaled * normal).mean(-1, keepdim=True))
-        of_weight = (grad * normal).reshape(-1, grad.shape[-1]).sum(0)
-        return of_hidden, of_weight
-
-
-@dataclass(frozen=True)
-class _SiluMul:
-    def quantize(
-        self,
-        first: torch.Tensor,
-        second: torch.Tensor,
-        residual: torch.Tensor | None,
-        group_size: int | None,
-        dtype: torch.dtype,
-    ) -> tuple[QuantizedActivation, torch.Tensor | None]:
-        return silu_mul_quantize(first, second, group_size=group_size, dtype=dtype), None
-
-    def gradients(
-        self, grad: torch.Tensor, first: torch.Tensor, second: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of ``y = g * s(g) * u`` with the logistic s, so ``d(g s)/dg = s (1 + g (1 - s))``."""
-        gate = first.float()
-        logistic = torch.sigmoid(gate)
-        slope = logistic * (1 + gate * (1 - logistic))
-        return grad * second.float() * slope, grad * gate * logistic
-
-
 @dataclass(frozen=True)
 class _Call:
     """What a fused linear means beside its tensors."""
 
-    operation: _Operation
+    operation: Operation
     recipe: Recipe
     transposed: bool
     scale_transposed: bool
     out_dtype: torch.dtype
     backend: str | None
+    allowed: Policy
+
+
+def _call(
+    operation: Operation,
+    x: torch.Tensor,
+    others: tuple[torch.Tensor | None, ...],
+    linear: Operands,
+    weight_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+    backend: str | None,
+) -> _Call:
+    """The call, once it is known that its inputs can have their gradients as the policy says."""
+    allowed = policy.resolve(backend, registry.NAMES)
+    trained = [one for one in (x, *others) if one is not None and one.requires_grad]
+    if torch.is_grad_enabled() and trained:
+        dgrad.admit(x, linear.weight, linear.recipe, allowed)
+    flipped = linear.scale is not weight_scale
+    return _Call(operation, linear.recipe, linear.transposed, flipped, out_dtype, backend, allowed)
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -385,9 +327,10 @@ def _input_gradients(
     """Gradients of the operation's inputs in their dtypes."""
     data = weight.t() if call.transposed else weight
     scale = weight_scale.t() if call.scale_transposed else weight_scale
-    n, k = data.shape
-    multipliers = weight_scale_fp32(scale, call.recipe, n, k)
-    of_result = autograd.grad_input(grad.reshape(-1, n), data, multipliers, call.recipe)
+    n, _ = data.shape
+    of_result = autograd.input_gradient(
+        grad.reshape(-1, n), data, scale, call.recipe, first.dtype, call.allowed
+    )
     of_first, of_second = call.operation.gradients(
         of_result.float().view(first.shape), first, second
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from fp8dispatch import autograd, ops, plans, policy, registry
+from fp8dispatch import dgrad as fp8_dgrad
 from fp8dispatch.checks import (
     check_activation_scale,
     check_activations,
@@ -19,6 +21,7 @@ from fp8dispatch.checks import (
 from fp8dispatch.decide import decide
 from fp8dispatch.errors import DTypeError, FrozenWeightError
 from fp8dispatch.execute import LinearCall, autocast_dtype, describe_call
+from fp8dispatch.problem import Dgrad
 from fp8dispatch.quantization.activation import QuantizedActivation
 from fp8dispatch.router import Decision
 from fp8dispatch.validate import Operands, check_operands, check_quantized
@@ -40,7 +43,8 @@ def fp8_linear(
     The activations are quantised on the way: one scale per token and block_k columns for block
     recipes (1x128 for 128x128 blocks, as in DeepSeek-V3), one per token for per-row and
     per-tensor weights, or the one given `activation_scale`. Gradients reach `X` (through the
-    dequantised weight) and `bias`; the weight and the scales are frozen.
+    dequantised weight, or as an FP8 GEMM where a statement says ``dgrad="fp8"``) and `bias`; the
+    weight and the scales are frozen.
 
     Args:
         X: [..., K] bfloat16, float16 or float32; any strides and leading shape, M = 0 included.
@@ -67,7 +71,8 @@ def fp8_linear(
         InvalidInputError: arguments that do not fit (ShapeError, AmbiguousRecipeError,
             DTypeError, DeviceError, ScaleValueError).
         UnknownBackendError, ConfigurationError: a backend name or variable that cannot be read.
-        BackendUnavailableError: every allowed backend refused; the message holds each reason.
+        BackendUnavailableError: every allowed backend refused; the message holds each reason. Also
+            where an FP8 gradient of X is stated that this weight cannot have.
         FrozenWeightError: in backward, when the weight or a scale requires grad.
         UnsupportedTransformError: under torch.func.vmap or forward-mode differentiation.
     """
@@ -157,11 +162,18 @@ def explain(
     activation_scale: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
+    dgrad: bool | None = None,
 ) -> Decision:
     """Which backend `fp8_linear` would run for the same arguments, and why not the others.
 
     Nothing of the call is computed; a backend that is about to be chosen and was never tested here
     runs its canary first. The decision renders as text with ``str`` and as JSON with ``as_json``.
+
+    Args:
+        X, weight, weight_scale, bias, block_size, activation_scale, out_dtype, backend: as in
+            `fp8_linear`.
+        dgrad: also say how dX is computed (`Decision.gradient` and `Decision.dgrad`); None does
+            so where a call records a gradient of X.
 
     Raises:
         The errors of `fp8_linear`.
@@ -176,7 +188,14 @@ def explain(
     call = _describe(operands, weight_scale, out_dtype, backend)
     m = X.numel() // X.shape[-1]
     problem = describe_call(m, operands.weight, call, bias, activation_scale is not None)
-    return decide(problem, X.device, call.allowed)
+    decision = decide(problem, X.device, call.allowed)
+    if not (torch.is_grad_enabled() and X.requires_grad if dgrad is None else dgrad):
+        return decision
+    if call.allowed.dgrad is Dgrad.DEQUANTIZED:
+        told = autograd.gradient_sentence(X.device, out_dtype)
+        return replace(decision, gradient=told)
+    product = fp8_dgrad.explain(m, operands.weight, call.recipe, X.dtype, call.allowed)
+    return replace(decision, gradient=f"as an FP8 GEMM, by {product.backend}", dgrad=product)
 
 
 def _describe(

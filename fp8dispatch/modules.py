@@ -193,8 +193,8 @@ class FP8Linear(FrozenTensors):
             backend=self.backend,
         )
 
-    def explain(self, x: torch.Tensor) -> Decision:
-        """Which backend `forward` would run for `x`, and why not the others."""
+    def explain(self, x: torch.Tensor, *, dgrad: bool | None = None) -> Decision:
+        """Which backend `forward` would run for `x`, and why not the others; see `explain`."""
         return explain(
             x,
             self.weight,
@@ -203,6 +203,7 @@ class FP8Linear(FrozenTensors):
             block_size=self.recipe.block_size,
             activation_scale=self.activation_scale,
             backend=self.backend,
+            dgrad=dgrad,
         )
 
     def extra_repr(self) -> str:

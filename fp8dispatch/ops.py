@@ -10,9 +10,10 @@
 
 An operator checks its arguments as the eager call does, and reads scale values and chooses a
 backend when it runs, on real sizes: the graph holds no decision and needs no guard on M. Of what
-states a policy only the argument ``backend=`` is part of the graph. The rest is read at each run,
-by the thread that runs it; what a backward pass recomputes is run by the thread of that pass. A
-CUDA graph replays what was chosen when it was captured.
+states a policy the argument ``backend=`` is part of the graph, and what is stated about dgrad
+(`fp8dispatch.recorded`). The rest is read at each run, by the thread that runs it; what a backward
+pass recomputes is run by the thread of that pass. A CUDA graph replays what was chosen when it was
+captured.
 
 Eager calls do not come here: the dispatcher of torch.library costs more than all of the front.
 """
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch.library import register_autograd
 
-from fp8dispatch import autograd, execute, policy, registry
+from fp8dispatch import autograd, dgrad, execute, policy, recorded, registry
 from fp8dispatch.checks import (
     check_activation_scale,
     check_activations,
@@ -36,7 +37,6 @@ from fp8dispatch.errors import ShapeError, UnsupportedTransformError
 from fp8dispatch.execute import LinearCall
 from fp8dispatch.formats import ACTIVATION_DTYPES
 from fp8dispatch.oplibrary import LIBRARY, define, register, without_autocast
-from fp8dispatch.prepare import weight_scale_fp32
 from fp8dispatch.quantization.activation import QuantizedActivation
 from fp8dispatch.validate import Operands, check_operands, check_quantized
 
@@ -44,14 +44,16 @@ _WEIGHT = "Tensor weight, Tensor weight_scale"
 _RECIPE = "int block_n, int block_k"
 for _schema in (
     f"linear(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? activation_scale, {_RECIPE}, "
-    f"ScalarType out_dtype, str backend) -> Tensor",
+    f"ScalarType out_dtype, str backend, str dgrad='') -> Tensor",
     f"linear_quantized(Tensor data, Tensor scale, {_WEIGHT}, Tensor? bias, {_RECIPE}, "
     f"ScalarType out_dtype, str backend) -> Tensor",
-    f"linear_grad_input(Tensor grad, {_WEIGHT}, SymInt k, {_RECIPE}, ScalarType dtype) -> Tensor",
+    f"linear_grad_input(Tensor grad, {_WEIGHT}, SymInt k, {_RECIPE}, ScalarType dtype, "
+    f"str dgrad='') -> Tensor",
     "frozen_gradient(Tensor frozen, Tensor grad, str name) -> Tensor",
 ):
     define(_schema)
-"""``block_n = block_k = 0`` means a recipe without blocks, ``backend = ""`` any backend."""
+"""``block_n = block_k = 0`` means a recipe without blocks, ``backend = ""`` any backend; ``dgrad``
+is a text of `fp8dispatch.recorded`."""
 
 
 def linear(
@@ -65,10 +67,13 @@ def linear(
     backend: str | None,
 ) -> torch.Tensor:
     """Record a checked call of `fp8_linear`."""
+    from fp8dispatch.recording import dgrad_of  # it imports the compiler
+
     block = operands.recipe.block_size or (0, 0)
     out: torch.Tensor = torch.ops.fp8dispatch.linear.default(
-        x, weight, weight_scale, bias, activation_scale, *block, out_dtype, backend or ""
-    )
+        x, weight, weight_scale, bias, activation_scale, *block, out_dtype, backend or "",
+        dgrad_of(x, backend),
+    )  # fmt: skip
     return out
 
 
@@ -127,13 +132,18 @@ def _run(
     out_dtype: torch.dtype,
     backend: str,
     quantized: QuantizedActivation | None = None,
+    recorded_dgrad: str = "",
 ) -> torch.Tensor:
+    allowed = policy.resolve(backend or None, registry.NAMES)
+    recorded.check(recorded_dgrad, allowed)
+    if recorded_dgrad:
+        dgrad.admit(x, operands.weight, operands.recipe, allowed)
     call = LinearCall(
         operands.recipe,
         operands.transposed,
         operands.scale is not weight_scale,
         out_dtype,
-        policy.resolve(backend or None, registry.NAMES),
+        allowed,
         quantized,
     )
     with without_autocast(x):
@@ -159,14 +169,38 @@ def _check_linear(
     return operands
 
 
-def _linear(*arguments: Any) -> torch.Tensor:
-    operands = _check_linear(*arguments)
-    x, weight, weight_scale, bias, activation_scale, _, _, out_dtype, backend = arguments
-    return _run(x, weight, weight_scale, bias, activation_scale, operands, out_dtype, backend)
+def _linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation_scale: torch.Tensor | None,
+    block_n: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+    backend: str,
+    dgrad: str = "",  # torch leaves out an argument that has its default value
+) -> torch.Tensor:
+    tensors = (x, weight, weight_scale, bias, activation_scale)
+    operands = _check_linear(*tensors, block_n, block_k, out_dtype, backend)
+    return _run(*tensors, operands, out_dtype, backend, recorded_dgrad=dgrad)
 
 
-def _linear_fake(*arguments: Any) -> torch.Tensor:
-    return _empty_output(arguments[0], _check_linear(*arguments), arguments[-2])
+def _linear_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation_scale: torch.Tensor | None,
+    block_n: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+    backend: str,
+    dgrad: str = "",
+) -> torch.Tensor:
+    tensors = (x, weight, weight_scale, bias, activation_scale)
+    operands = _check_linear(*tensors, block_n, block_k, out_dtype, backend)
+    return _empty_output(x, operands, out_dtype)
 
 
 def _check_linear_quantized(
@@ -208,18 +242,38 @@ def _check_linear_grad_input(
     return operands
 
 
-def _linear_grad_input(grad: torch.Tensor, *others: Any) -> torch.Tensor:
-    operands = _check_linear_grad_input(grad, *others)
-    n, k = operands.weight.shape
-    scale = weight_scale_fp32(operands.scale, operands.recipe, n, k)
+def _linear_grad_input(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    k: int,
+    block_n: int,
+    block_k: int,
+    dtype: torch.dtype,
+    dgrad: str = "",
+) -> torch.Tensor:
+    operands = _check_linear_grad_input(grad, weight, weight_scale, k, block_n, block_k, dtype)
+    rows = grad.reshape(-1, grad.shape[-1])
+    allowed = recorded.decode(dgrad)
     with without_autocast(grad):
-        out = autograd.grad_input(grad.reshape(-1, n), operands.weight, scale, operands.recipe)
-    return out.to(others[-1]).view(*grad.shape[:-1], k)
+        out = autograd.input_gradient(
+            rows, operands.weight, operands.scale, operands.recipe, dtype, allowed
+        )
+    return out.to(dtype).contiguous().view(*grad.shape[:-1], k)
 
 
-def _linear_grad_input_fake(grad: torch.Tensor, *others: Any) -> torch.Tensor:
-    k = _check_linear_grad_input(grad, *others).weight.shape[1]
-    return grad.new_empty((*grad.shape[:-1], k), dtype=others[-1])
+def _linear_grad_input_fake(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    k: int,
+    block_n: int,
+    block_k: int,
+    dtype: torch.dtype,
+    dgrad: str = "",
+) -> torch.Tensor:
+    _check_linear_grad_input(grad, weight, weight_scale, k, block_n, block_k, dtype)
+    return grad.new_empty((*grad.shape[:-1], k), dtype=dtype)
 
 
 def _frozen_gradient(frozen: torch.Tensor, grad: torch.Tensor, name: str) -> torch.Tensor:
@@ -240,6 +294,7 @@ def _register_gradients(name: str, tensors: tuple[str, ...]) -> None:
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.block = inputs[len(tensors) : len(tensors) + 2]
+        ctx.dgrad = "".join(inputs[len(tensors) + 4 :])  # of `linear` alone
         ctx.k, ctx.x_dtype = inputs[0].shape[-1], inputs[0].dtype
         ctx.bias_dtype = None if inputs[bias] is None else inputs[bias].dtype
         needed = list(ctx.needs_input_grad[: len(tensors)])
@@ -263,7 +318,7 @@ def _register_gradients(name: str, tensors: tuple[str, ...]) -> None:
             elif name == "X":
                 _, weight, weight_scale, *_ = ctx.saved_tensors
                 grads[index] = operators.linear_grad_input.default(
-                    grad, weight, weight_scale, ctx.k, *ctx.block, ctx.x_dtype
+                    grad, weight, weight_scale, ctx.k, *ctx.block, ctx.x_dtype, ctx.dgrad
                 )
             else:
                 grads[index] = operators.frozen_gradient.default(

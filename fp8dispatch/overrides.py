@@ -12,13 +12,13 @@ from typing import Any, TypeVar, cast
 from fp8dispatch import policy, registry
 from fp8dispatch.errors import ConfigurationError, UnknownBackendError
 from fp8dispatch.policy import Statement
-from fp8dispatch.problem import Accuracy
+from fp8dispatch.problem import Accuracy, Dgrad
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class use_backend:  # lower case: reads as a verb where it is used, like torch.no_grad
-    """State the backends, the accuracy or batch invariance for calls in a block or a function.
+    """State backends, accuracy, batch invariance or dgrad for calls in a block or a function.
 
     It holds in this thread or asynchronous task, and the nearest one wins. Backward runs what the
     forward call was allowed to run, wherever it runs. Activation checkpointing calls the function
@@ -35,6 +35,9 @@ class use_backend:  # lower case: reads as a verb where it is used, like torch.n
         accuracy: "exact" or "fast"; None leaves it.
         batch_invariant: True lets only backends run that compute a row alike, bit for bit, whatever
             other rows stand beside it and however many; None leaves it.
+        dgrad: "dequantized" computes the gradient of X with the dequantised weight; "fp8"
+            quantises the output's gradient and multiplies it with the FP8 weight as it is, or the
+            forward call raises (`fp8dispatch.dgrad`); None leaves it.
 
     Raises:
         UnknownBackendError, ConfigurationError: a statement that cannot be read.
@@ -46,8 +49,9 @@ class use_backend:  # lower case: reads as a verb where it is used, like torch.n
         *,
         accuracy: str | Accuracy | None = None,
         batch_invariant: bool | None = None,
+        dgrad: str | Dgrad | None = None,
     ) -> None:
-        self._statement = _statement(backends, accuracy, batch_invariant)
+        self._statement = _statement(backends, accuracy, batch_invariant, dgrad)
         self._tokens: list[Token[Statement | None]] = []
 
     def __enter__(self) -> use_backend:
@@ -66,7 +70,10 @@ class use_backend:  # lower case: reads as a verb where it is used, like torch.n
         def fresh() -> use_backend:
             said = self._statement
             return use_backend(
-                said.backends, accuracy=said.accuracy, batch_invariant=said.batch_invariant
+                said.backends,
+                accuracy=said.accuracy,
+                batch_invariant=said.batch_invariant,
+                dgrad=said.dgrad,
             )
 
         if inspect.iscoroutinefunction(function):
@@ -91,22 +98,26 @@ def set_backend(
     *,
     accuracy: str | Accuracy | None = None,
     batch_invariant: bool | None = None,
+    dgrad: str | Dgrad | None = None,
 ) -> None:
-    """State backends, accuracy and batch invariance for the process; without arguments, unstate.
+    """State backends, accuracy and the rest for the process; without arguments, unstate.
 
     Args:
         backends: a statement such as "triton", "triton,eager" or "-cublaslt"; None for none.
         accuracy: "exact" or "fast"; None for none.
-        batch_invariant: as in `use_backend`; None for none.
+        batch_invariant, dgrad: as in `use_backend`; None for none.
 
     Raises:
         UnknownBackendError, ConfigurationError: a statement that cannot be read.
     """
-    policy.state_for_process(_statement(backends, accuracy, batch_invariant))
+    policy.state_for_process(_statement(backends, accuracy, batch_invariant, dgrad))
 
 
 def _statement(
-    backends: str | None, accuracy: str | Accuracy | None, batch_invariant: bool | None
+    backends: str | None,
+    accuracy: str | Accuracy | None,
+    batch_invariant: bool | None,
+    dgrad: str | Dgrad | None,
 ) -> Statement:
     if backends is not None:
         if not isinstance(backends, str) or not backends.strip():
@@ -119,4 +130,5 @@ def _statement(
             f"batch_invariant must be True, False or None, found {batch_invariant!r}"
         )
     parsed = None if accuracy is None else policy.parse_accuracy(accuracy, "accuracy")
-    return Statement(backends, parsed, batch_invariant)
+    way = None if dgrad is None else policy.parse_dgrad(dgrad, "dgrad")
+    return Statement(backends, parsed, batch_invariant, way)

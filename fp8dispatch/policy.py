@@ -12,10 +12,11 @@ The nearest statement wins: the argument ``backend=`` of a call, then `use_backe
 | `FP8DISPATCH_BACKEND`   | a statement as above                                               |
 | `FP8DISPATCH_ACCURACY`  | `exact` (default) or `fast`: the least exact accumulation allowed  |
 | `FP8DISPATCH_BATCH_INVARIANT` | `1`: a row's result depends on no other row, nor on M     |
+| `FP8DISPATCH_DGRAD`     | `dequantized` (default) or `fp8`: how dX is computed               |
 | `FP8DISPATCH_PLUGINS`   | `0` leaves third-party backends alone                              |
 | `FP8DISPATCH_CACHE_DIR` | where verdicts are kept, instead of the user's cache directory     |
 
-The first three are read once, at the first call; `reload_environment` reads them again.
+The first four are read once, at the first call; `reload_environment` reads them again.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from typing import Any, TypeVar
 
 from fp8dispatch import generation
 from fp8dispatch.errors import ConfigurationError, UnknownBackendError
-from fp8dispatch.problem import Accuracy
+from fp8dispatch.problem import Accuracy, Dgrad
 
 BACKEND_VARIABLE = "FP8DISPATCH_BACKEND"
 ACCURACY_VARIABLE = "FP8DISPATCH_ACCURACY"
 INVARIANT_VARIABLE = "FP8DISPATCH_BATCH_INVARIANT"
+DGRAD_VARIABLE = "FP8DISPATCH_DGRAD"
 PLUGINS_VARIABLE = "FP8DISPATCH_PLUGINS"
 CACHE_VARIABLE = "FP8DISPATCH_CACHE_DIR"
 # Triton's own variable: it decides, when a kernel is defined, whether CPU tensors can be run.
@@ -56,6 +58,7 @@ class Policy:
         accuracy: the least exact class of accumulation allowed.
         batch_invariant: backend, tile and order of summation must be the same for every M.
         source: who said so, for explanations: "default", "argument backend=" and the like.
+        dgrad: how the gradient of X is computed; FP8 runs or the forward call raises.
     """
 
     only: tuple[str, ...] = ()
@@ -63,6 +66,7 @@ class Policy:
     accuracy: Accuracy = Accuracy.EXACT
     batch_invariant: bool = False
     source: str = "default"
+    dgrad: Dgrad = Dgrad.DEQUANTIZED
 
     @property
     def forced(self) -> bool:
@@ -82,11 +86,13 @@ class Statement:
         backends: a text such as "triton", "triton,eager" or "-cublaslt".
         accuracy: the least exact class of accumulation allowed.
         batch_invariant: whether results may depend on the number of rows.
+        dgrad: how the gradient of X is computed.
     """
 
     backends: str | None = None
     accuracy: Accuracy | None = None
     batch_invariant: bool | None = None
+    dgrad: Dgrad | None = None
 
 
 _NOTHING = Statement()
@@ -95,6 +101,11 @@ _in_context: ContextVar[Statement | None] = ContextVar("fp8dispatch_policy", def
 in_context = _in_context.get  # what `use_backend` states here and now; read in every call
 _of_process = _NOTHING
 _of_environment: Statement | None = None
+
+dgrad_stated = ""
+"""All that is stated, as a text, while anything about dgrad is. The guards of torch.compile compare
+it: they cannot read a ContextVar. It follows the thread that stated something last; a graph that
+runs under another policy than it was recorded for says so itself (`fp8dispatch.recorded`)."""
 
 
 def resolve(backend: str | None, known: tuple[str, ...]) -> Policy:
@@ -112,11 +123,12 @@ def resolve(backend: str | None, known: tuple[str, ...]) -> Policy:
     accuracy = next((said.accuracy for _, said in places if said.accuracy), Accuracy.EXACT)
     stated = (said.batch_invariant for _, said in places if said.batch_invariant is not None)
     invariant = next(stated, False)
+    dgrad = next((said.dgrad for _, said in places if said.dgrad), Dgrad.DEQUANTIZED)
     for source, said in places:
         if said.backends is not None:
             only, excluded = parse_backends(said.backends, known)
-            return Policy(only, excluded, accuracy, invariant, source)
-    return Policy(accuracy=accuracy, batch_invariant=invariant)
+            return Policy(only, excluded, accuracy, invariant, source, dgrad)
+    return Policy(accuracy=accuracy, batch_invariant=invariant, dgrad=dgrad)
 
 
 def statements(known: tuple[str, ...]) -> tuple[tuple[str, Statement], ...]:
@@ -135,26 +147,31 @@ def statements(known: tuple[str, ...]) -> tuple[tuple[str, Statement], ...]:
 def enter(statement: Statement) -> Token[Statement | None]:
     """State something for this thread or task; what it leaves open stays as it was."""
     outer = _in_context.get() or _NOTHING
-    return _in_context.set(
+    token = _in_context.set(
         Statement(
             outer.backends if statement.backends is None else statement.backends,
             statement.accuracy or outer.accuracy,
             outer.batch_invariant
             if statement.batch_invariant is None
             else statement.batch_invariant,
+            statement.dgrad or outer.dgrad,
         )
     )
+    _restate()
+    return token
 
 
 def leave(token: Token[Statement | None]) -> None:
     """End what `enter` stated."""
     _in_context.reset(token)
+    _restate()
 
 
 def state_for_process(statement: Statement) -> None:
     """Replace what the process states."""
     global _of_process
     _of_process = statement
+    _restate()
     generation.renew()
 
 
@@ -162,6 +179,7 @@ def reload_environment() -> None:
     """Forget what the environment said; the next call reads it again."""
     global _of_environment
     _of_environment = None
+    _restate()
     generation.renew()
 
 
@@ -249,6 +267,25 @@ def parse_accuracy(text: str, what: str) -> Accuracy:
     return Accuracy(text)
 
 
+def parse_dgrad(text: str, what: str) -> Dgrad:
+    """How dX is computed, by its name; `what` names the place that said it.
+
+    Raises:
+        ConfigurationError: another text.
+    """
+    ways = [member.value for member in Dgrad]
+    if text not in ways:
+        raise ConfigurationError(f"{what} must be one of {', '.join(ways)}, found {text!r}")
+    return Dgrad(text)
+
+
+def _restate() -> None:
+    global dgrad_stated
+    said = (_in_context.get(), _of_process, _of_environment)
+    relevant = any(one is not None and one.dgrad is not None for one in said)
+    dgrad_stated = repr(said) if relevant else ""
+
+
 def _parse_switch(text: str, what: str) -> bool:
     if text in ("1", "true", "yes", "on"):
         return True
@@ -263,6 +300,7 @@ def _environment(known: tuple[str, ...]) -> Statement:
         backends = os.environ.get(BACKEND_VARIABLE, "").strip()
         accuracy = os.environ.get(ACCURACY_VARIABLE, "").strip()
         invariant = os.environ.get(INVARIANT_VARIABLE, "").strip().lower()
+        dgrad = os.environ.get(DGRAD_VARIABLE, "").strip()
         if backends:
             try:
                 parse_backends(backends, known)
@@ -274,5 +312,7 @@ def _environment(known: tuple[str, ...]) -> Statement:
             backends or None,
             parse_accuracy(accuracy, ACCURACY_VARIABLE) if accuracy else None,
             _parse_switch(invariant, INVARIANT_VARIABLE) if invariant else None,
+            parse_dgrad(dgrad, DGRAD_VARIABLE) if dgrad else None,
         )
+        _restate()
     return _of_environment

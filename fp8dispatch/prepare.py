@@ -93,10 +93,11 @@ def invalidate(*tensors: torch.Tensor) -> None:
 
 
 def prepared_bytes(tensor: torch.Tensor) -> int:
-    """Memory of everything that is kept prepared from the storage of `tensor`."""
+    """Memory of all that is kept prepared from the storage of `tensor`, and from that in turn."""
     entry = _entries.get(id(tensor.untyped_storage()))
     results = () if entry is None else tuple(entry.results.values())
-    return sum(result.nbytes for result in results if isinstance(result, torch.Tensor))
+    tensors = [result for result in results if isinstance(result, torch.Tensor)]
+    return sum(result.nbytes + prepared_bytes(result) for result in tensors)
 
 
 def weight_scale_fp32(scale: torch.Tensor, recipe: Recipe, n: int, k: int) -> torch.Tensor:

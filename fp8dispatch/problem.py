@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
@@ -24,6 +24,17 @@ class Accuracy(str, Enum):
     FAST = "fast"
 
 
+class Dgrad(str, Enum):
+    """How the gradient of X is computed, dX = dY @ W.
+
+    ``DEQUANTIZED``: with the weight dequantised, in dY's dtype.
+    ``FP8``: dY is quantised too, and an FP8 GEMM multiplies it with the weight as it is.
+    """
+
+    DEQUANTIZED = "dequantized"
+    FP8 = "fp8"
+
+
 @dataclass(frozen=True)
 class LinearProblem:
     """``[M, K] x [N, K] -> [M, N]`` over an FP8 weight; dtypes are names such as ``"bfloat16"``.
@@ -41,6 +52,8 @@ class LinearProblem:
         aligned: the weight's memory and its rows start at multiples of 16 bytes.
         accuracy: the least exact class of accumulation that the policy allows.
         batch_invariant: a row's result may depend on no other row, nor on M.
+        gradient: the product is dX [M, N] = dY [M, K] @ W, with dY in the place of X and the
+            transposed weight in that of the weight (`fp8dispatch.dgrad`).
     """
 
     family: ClassVar[str] = ""
@@ -59,14 +72,16 @@ class LinearProblem:
     aligned: bool = True
     accuracy: Accuracy = Accuracy.EXACT
     batch_invariant: bool = False
+    gradient: bool = field(default=False, kw_only=True)
 
     def __str__(self) -> str:
+        gradient = "the gradient of X as " if self.gradient else ""
         static = ", static activations" if self.static_activation else ""
         bias = ", bias" if self.has_bias else ""
         invariant = ", batch-invariant" if self.batch_invariant else ""
         return (
-            f"M={self.m} N={self.n} K={self.k}, {self.recipe}, {self.weight_dtype} weight, "
-            f"{self.out_dtype} output{bias}{static}{invariant}"
+            f"{gradient}M={self.m} N={self.n} K={self.k}, {self.recipe}, "
+            f"{self.weight_dtype} weight, {self.out_dtype} output{bias}{static}{invariant}"
         )
 
 

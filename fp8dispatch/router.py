@@ -76,6 +76,8 @@ class Decision:
         decided_by: "default", "argument backend=", "use_backend" and the like.
         route: where the order of backends comes from.
         assessments: one for each backend in that order, the chosen one among them.
+        gradient: how dX is computed, in a few words; None where nobody asked.
+        dgrad: the decision for dX where it is an FP8 GEMM.
     """
 
     backend: str
@@ -84,6 +86,8 @@ class Decision:
     decided_by: str
     route: str
     assessments: tuple[Assessment, ...]
+    gradient: str | None = None
+    dgrad: Decision | None = None
 
     @property
     def refusals(self) -> tuple[tuple[str, tuple[Refusal, ...]], ...]:
@@ -111,6 +115,9 @@ class Decision:
 
     def as_json(self) -> str:
         """The whole decision as indented JSON; each refusal also as a sentence."""
+        return json.dumps(self._plain(), indent=1)
+
+    def _plain(self) -> dict[str, Any]:
         machine = asdict(replace(self.machine, versions={}))
         assessments = [
             {
@@ -123,15 +130,16 @@ class Decision:
             }
             for one in self.assessments
         ]
-        whole = {
+        return {
             "backend": self.backend,
             "problem": asdict(self.problem),
             "machine": {**machine, "versions": dict(self.machine.versions)},
             "decided_by": self.decided_by,
             "route": self.route,
             "assessments": assessments,
+            "gradient": self.gradient,
+            "dgrad": None if self.dgrad is None else self.dgrad._plain(),
         }
-        return json.dumps(whole, indent=1)
 
     def __str__(self) -> str:
         lines = [
@@ -143,6 +151,10 @@ class Decision:
         lines += [f"  {line}" for line in _render(self.refusals)]
         if self.others:
             lines.append(f"  would run it too: {', '.join(self.others)}")
+        if self.gradient is not None:
+            lines.append(f"  dX: {self.gradient}")
+        if self.dgrad is not None:
+            lines += [f"    {line}" for line in str(self.dgrad).splitlines()]
         return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import nn
 
+from fp8dispatch import policy, registry
 from fp8dispatch.checks import check_choice, check_size
 from fp8dispatch.errors import DTypeError, InvalidInputError
 from fp8dispatch.explanation import sample_of
@@ -18,6 +19,7 @@ from fp8dispatch.formats import ACTIVATION_DTYPES
 from fp8dispatch.modules import FP8Linear
 from fp8dispatch.moe.experts import FP8Experts
 from fp8dispatch.prepare import prepared_bytes
+from fp8dispatch.problem import Dgrad
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class WarmedLayer:
             several matmuls, the different ones joined by " + ".
         seconds: how long it took: probing, compiling, preparing; about 0 for a layer like one
             that was warmed before.
-        extra_bytes: memory of what is prepared and kept for the layer's weight.
+        extra_bytes: memory of what is prepared and kept for the layer's weight; with an FP8 dgrad
+            the transposed weight is part of it, where the backend needs one.
     """
 
     name: str
@@ -48,7 +51,8 @@ def warmup(
 ) -> tuple[WarmedLayer, ...]:
     """Probe, compile, lay out and check for all FP8 layers of a model before it serves.
 
-    Each layer runs once for each number of tokens, on random activations and without gradients.
+    Each layer runs once for each number of tokens, on random activations and without gradients;
+    where ``dgrad="fp8"`` is stated it runs once more, and backward.
     Afterwards calls of these sizes neither probe nor synchronise, and may be captured into graphs.
 
     Args:
@@ -107,17 +111,30 @@ def _warm(
     with torch.inference_mode():
         for count in tokens:
             x = sample_of(layer, count, dtype).normal_()
-            if isinstance(layer, FP8Linear):
-                layer(x)
-                backends[count] = layer.explain(x).backend
-                continue
-            scores = torch.rand(count, layer.num_experts, device=device)
-            weights, ids = scores.topk(min(layer.top_k, layer.num_experts), -1)
-            layer(x, ids, weights)
-            taken = [decision.backend for decision in layer.explain(x).values()]
-            backends[count] = " + ".join(dict.fromkeys(taken))
+            _run(layer, x)
+            explained = layer.explain(x)
+            decisions = explained.values() if isinstance(explained, dict) else (explained,)
+            backends[count] = " + ".join(dict.fromkeys(one.backend for one in decisions))
+    if policy.resolve(layer.backend, registry.NAMES).dgrad is Dgrad.FP8:
+        with torch.inference_mode(False), torch.enable_grad():
+            for count in tokens:
+                x = sample_of(layer, count, dtype).normal_().requires_grad_()
+                torch.autograd.grad(_run(layer, x).sum(), x)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    scales = [getattr(layer, one) for one in layer.frozen if "scale" in one]
-    extra = sum(prepared_bytes(scale) for scale in scales if scale is not None)
+    kept = [tensor for one in layer.frozen if (tensor := getattr(layer, one)) is not None]
+    # Tensors over one memory, as a file may have them, keep what is prepared together.
+    extra = sum({id(one.untyped_storage()): prepared_bytes(one) for one in kept}.values())
     return WarmedLayer(name, backends, time.perf_counter() - start, extra)
+
+
+def _run(layer: FP8Linear | FP8Experts, x: torch.Tensor) -> torch.Tensor:
+    """The layer on x; experts with a choice of experts at random."""
+    out: torch.Tensor
+    if isinstance(layer, FP8Linear):
+        out = layer(x)
+        return out
+    scores = torch.rand(x.shape[0], layer.num_experts, device=x.device)
+    weights, ids = scores.topk(min(layer.top_k, layer.num_experts), -1)
+    out = layer(x, ids, weights)
+    return out

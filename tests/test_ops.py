@@ -20,8 +20,12 @@ from fp8dispatch import (
     UnsupportedTransformError,
     fp8_linear,
     fp8_linear_quantized,
+    recorded,
+    use_backend,
 )
 from fp8dispatch.formats import ACTIVATION_DTYPES
+from fp8dispatch.policy import Policy
+from fp8dispatch.problem import Dgrad
 from fp8dispatch.recipe import Recipe
 from tests import oracle
 from tests.oracle import RECIPES, name_of
@@ -97,6 +101,17 @@ def test_opcheck(recipe: Recipe, name: str, lead: tuple[int, ...]) -> None:
     operator = getattr(torch.ops.fp8dispatch, name).default
 
     torch.library.opcheck(operator, arguments_of(name, recipe, lead))
+
+
+@pytest.mark.usefixtures("bytes_compare")
+@pytest.mark.parametrize("name", ["linear", "linear_grad_input"])
+@pytest.mark.parametrize("recipe", ["tensor", "row", "block-128x128"])
+def test_opcheck_with_an_fp8_dgrad(recipe: str, name: str) -> None:
+    operator = getattr(torch.ops.fp8dispatch, name).default
+    allowed = Policy(dgrad=Dgrad.FP8)
+    with use_backend(dgrad="fp8"):
+        arguments = arguments_of(name, RECIPES[recipe], (2, 3))
+        torch.library.opcheck(operator, (*arguments, recorded.encode(allowed)))
 
 
 @pytest.mark.usefixtures("bytes_compare")

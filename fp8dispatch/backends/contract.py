@@ -75,6 +75,8 @@ class Capability(ABC):
     """`linear` multiplies FP8 activations. False gives other numbers, and needs `opt_in`."""
     batch_invariant: ClassVar[bool] = False
     """Computes each row alike whatever M is, bit for bit, where the problem asks for that."""
+    any_strides: ClassVar[bool] = False
+    """Reads a weight of any strides at the same speed: it needs no transposed copy for dX."""
     opt_in: ClassVar[str] = ""
     """Why it runs only where the policy names it, worded to follow "since"; empty: no need to."""
     rows_per_scale: ClassVar[int] = 1
@@ -159,6 +161,9 @@ class Capability(ABC):
         if problem.batch_invariant and not self.batch_invariant:
             need = "a policy without batch_invariant (how it sums depends on the number of rows)"
             refusals.append(Refusal("batch-invariance", need, "batch_invariant=True"))
+        if problem.gradient and not self.quantizes_activations:
+            need = 'dgrad="dequantized" (it quantises no dY)'
+            refusals.append(Refusal("gradient", need, 'dgrad="fp8"'))
         refusals += self.refuse_call(problem, machine)
         return tuple(refusals)
 

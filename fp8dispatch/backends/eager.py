@@ -18,6 +18,7 @@ class Eager(Backend):
     name = "eager"
     weight_dtypes = frozenset(FLOAT8_NAMES)
     quantizes_with_kernels = False
+    any_strides = True
     matmul = computed_in("fp8dispatch.backends.compute.eager")
 
 

@@ -27,16 +27,18 @@ def describe_overrides() -> tuple[OverrideRecord, ...]:
     places = (("argument backend=", policy.Statement()), *stated)
     spoken = {policy.BACKEND_VARIABLE: "environment"}  # it may state the accuracy alone
     records: list[OverrideRecord] = []
-    open_questions = {"backends", "accuracy", "batch_invariant"}
+    open_questions = {"backends", "accuracy", "batch_invariant", "dgrad"}
     for source, said in places:
         backends = said.backends
         accuracy = None if said.accuracy is None else said.accuracy.value
+        dgrad = None if said.dgrad is None else said.dgrad.value
         answered = {
             question
             for question, answer in (
                 ("backends", backends),
                 ("accuracy", accuracy),
                 ("batch_invariant", said.batch_invariant),
+                ("dgrad", dgrad),
             )
             if answer is not None
         }
@@ -46,6 +48,7 @@ def describe_overrides() -> tuple[OverrideRecord, ...]:
                 backends=backends,
                 accuracy=accuracy,
                 batch_invariant=said.batch_invariant,
+                dgrad=dgrad,
                 in_force=bool(answered & open_questions),
             )
         )

@@ -287,13 +287,14 @@ def _names(devices: Sequence[DeviceRecord]) -> str:
 def _render_overrides(report: Report, out: _Printer) -> None:
     out.title("Overrides, the nearest first")
     out.table(
-        ("place", "backends", "accuracy", "batch-invariant", "in force"),
+        ("place", "backends", "accuracy", "batch-invariant", "dgrad", "in force"),
         [
             (
                 one.source,
                 one.backends or "none",
                 one.accuracy or "none",
                 {None: "none", True: "yes", False: "no"}[one.batch_invariant],
+                one.dgrad or "none",
                 "yes" if one.in_force else "",
             )
             for one in report.overrides

@@ -162,6 +162,7 @@ class OverrideRecord(Record):
     backends: str | None
     accuracy: str | None
     batch_invariant: bool | None
+    dgrad: str | None
     in_force: bool
 
 

@@ -10,7 +10,11 @@ from torch.autograd.function import once_differentiable
 from fp8dispatch.autograd import frozen
 from fp8dispatch.checks import VMAP_REFUSED, unwrapped
 from fp8dispatch.errors import UnsupportedTransformError
-from fp8dispatch.moe import execute, gradient
+from fp8dispatch.moe import dgrad, execute, gradient
+from fp8dispatch.moe.routing import Routing
+from fp8dispatch.policy import Policy
+from fp8dispatch.problem import Dgrad
+from fp8dispatch.recipe import Recipe
 
 TENSORS = ("x", "weight", "weight_scale", "index", "bias", "activation_scale", "gather", "scatter")
 """The tensors of a call, in the order that `execute.forward` takes them."""
@@ -23,11 +27,21 @@ def apply(*arguments: Any) -> torch.Tensor:
 
     Args:
         arguments: the `TENSORS`, and an `ExpertsCall`.
+
+    Raises:
+        BackendUnavailableError: the policy states an FP8 dgrad that these weights cannot have.
     """
     tensors = arguments[: len(TENSORS)]
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in tensors
     ):
+        x, weight, _, index, _, _, gather, scatter, call = arguments
+        if call.allowed.dgrad is Dgrad.FP8 and x.requires_grad:
+            experts = weight.shape[0]
+            routing = execute.route_of(
+                x.shape[0], experts, index, gather, scatter, batched=call.batched
+            )
+            dgrad.admit(x, weight, routing, call.recipe, call.allowed)
         out: torch.Tensor = ExpertsFunction.apply(*arguments)  # type: ignore[no-untyped-call]
         return out
     return execute.forward(*arguments)
@@ -36,9 +50,9 @@ def apply(*arguments: Any) -> torch.Tensor:
 class ExpertsFunction(torch.autograd.Function):
     """``Y[r] = X[r] @ dequantised(W[e(r)]).T + bias[e(r)]``, all frozen but X and the bias.
 
-    Gradients: dX [T, K] in X's dtype, through the dequantised weights in dY's dtype; dBias [E, N]
-    summed in fp32. Rows of no expert give and get zeros. Saved for backward: the weight, its scale
-    and the routing; never X itself.
+    Gradients: dX [T, K] in X's dtype, through the dequantised weights in dY's dtype or as the
+    call's policy says (`moe.dgrad`); dBias [E, N] summed in fp32. Rows of no expert give and get
+    zeros. Saved for backward: the weight, its scale and the routing; never X itself.
     """
 
     @staticmethod
@@ -82,8 +96,10 @@ class ExpertsFunction(torch.autograd.Function):
                 ctx.x_shape[0], ctx.experts, index, gather, scatter, batched=ctx.call.batched
             )
             if needs_x:
-                weights = execute.decoded_weights(weight, weight_scale, ctx.call.recipe)
-                grad_x = gradient.grad_input(grad, weights, routing).to(ctx.x_dtype)
+                call = ctx.call
+                grad_x = input_gradient(
+                    grad, weight, weight_scale, routing, call.recipe, ctx.x_dtype, call.allowed
+                )
             if needs_bias:
                 grad_bias = gradient.grad_bias(grad, routing, ctx.bias_dtype)
         return _gradients(grad_x, grad_bias)
@@ -92,6 +108,22 @@ class ExpertsFunction(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         """Refused: a batched weight or activation has no meaning here."""
         raise UnsupportedTransformError(VMAP_REFUSED.replace("fp8_linear", "an expert matmul"))
+
+
+def input_gradient(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    routing: Routing,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    allowed: Policy | None,
+) -> torch.Tensor:
+    """dX [T, K] in `dtype`, in the way that the policy states; None states nothing."""
+    if allowed is not None and allowed.dgrad is Dgrad.FP8:
+        return dgrad.grad_input(grad, weight, weight_scale, routing, recipe, dtype, allowed)
+    weights = execute.decoded_weights(weight, weight_scale, recipe)
+    return gradient.grad_input(grad, weights, routing).to(dtype)
 
 
 def _gradients(

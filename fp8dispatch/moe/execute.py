@@ -26,12 +26,14 @@ class ExpertsCall:
         out_dtype: dtype of the output.
         allowed: which backends may run it.
         batched: each row names its expert; else rows come sorted by expert.
+        gradient: it computes dX, as `LinearProblem.gradient` says.
     """
 
     recipe: Recipe
     out_dtype: torch.dtype
     allowed: Policy
     batched: bool
+    gradient: bool = False
 
 
 def route_of(
@@ -126,5 +128,6 @@ def describe_call(
         batched=call.batched,
         gathers=routing.gather is not None,
         scatters=routing.scatter is not None,
+        gradient=call.gradient,
         static_per_expert=static and activation_scale is not None and activation_scale.numel() > 1,
     )

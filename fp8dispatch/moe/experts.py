@@ -288,16 +288,24 @@ class FP8Experts(FrozenTensors):
             backend=self.backend,
         )
 
-    def explain(self, hidden_states: torch.Tensor, top_k: int | None = None) -> dict[str, Decision]:
+    def explain(
+        self, hidden_states: torch.Tensor, top_k: int | None = None, *, dgrad: bool | None = None
+    ) -> dict[str, Decision]:
         """Which backend `forward` would run for each projection, and why not the others.
 
         Args:
             hidden_states: [..., H], whose values are not read.
             top_k: experts of each token, default that of the module.
+            dgrad: also say how gradients reach the projections' inputs, as in `explain`.
         """
         top_k = self.top_k if top_k is None else top_k
         decisions = explain_forward(
-            hidden_states, top_k, self._into(), self._projection(DOWN), backend=self.backend
+            hidden_states,
+            top_k,
+            self._into(),
+            self._projection(DOWN),
+            backend=self.backend,
+            dgrad=dgrad,
         )
         if self.split_scales:  # both halves of the first projection are the same problem
             decisions = decisions[1:]

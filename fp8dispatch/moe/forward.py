@@ -178,12 +178,14 @@ def explain_forward(
     down: Projection,
     *,
     backend: str | None = None,
+    dgrad: bool | None = None,
 ) -> tuple[Decision, ...]:
     """Which backend each matmul of `experts_forward` would run, and why not the others.
 
     Args:
         x: [..., H], whose values are not read.
         top_k: experts of each token.
+        dgrad: also say how gradients reach the inputs; None does so where `x` records one.
 
     Returns:
         One decision for each projection of `up`, and one for `down`.
@@ -210,6 +212,7 @@ def explain_forward(
             activation_scale=by.activation_scale,
             out_dtype=dtype,
             backend=backend,
+            dgrad=x.requires_grad and torch.is_grad_enabled() if dgrad is None else dgrad,
             **places,
         )
 

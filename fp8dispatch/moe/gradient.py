@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from fp8dispatch import autograd
+from fp8dispatch.formats import dtype_name
 from fp8dispatch.moe.backends.contract import ExpertWeights
 from fp8dispatch.moe.routing import Routing, expert_rows, sort_ids
 from fp8dispatch.moe.scales import kernel_scale
@@ -44,10 +45,8 @@ def grad_input(
         )
         if routing.gather is None:
             out[source] = rows
-        elif out.is_cuda:  # there the sum over equal rows has a fixed order, and index_add has not
-            out.index_put_((source,), rows.float(), accumulate=True)
         else:
-            out.index_add_(0, source, rows.float())
+            _add_rows(out, source, rows.float())
     return out.to(grad.dtype)
 
 
@@ -72,10 +71,45 @@ def _grad_input_kernels(
     )
     if sorted_rows.distinct or sorted_rows.gather is None:
         return rows
-    order, ends = sort_ids(sorted_rows.gather, inputs, use_kernels=True)
-    out = torch.empty((inputs, k), dtype=grad.dtype, device=grad.device)
-    experts_backward.sum_rows(rows, order, ends, out)
-    return out
+    return sum_uses(rows, sorted_rows.gather, inputs, use_kernels=True)
+
+
+def sum_uses(
+    rows: torch.Tensor, gather: torch.Tensor, inputs: int, *, use_kernels: bool | None = None
+) -> torch.Tensor:
+    """[inputs, K]: for each row of X the sum of its uses' rows [S, K], in fp32 and a fixed order.
+
+    Args:
+        gather: [S] integers, row of X of each use; those out of range are nobody's.
+        use_kernels: as in `grad_input`.
+    """
+    if use_kernels is None:
+        use_kernels = runs_kernels(rows.device)
+    if use_kernels and rows.numel():
+        from fp8dispatch.kernels import experts_backward
+
+        order, ends = sort_ids(gather, inputs, use_kernels=True)
+        out = torch.empty((inputs, rows.shape[1]), dtype=rows.dtype, device=rows.device)
+        experts_backward.sum_rows(rows, order, ends, out)
+        return out
+    places = gather.long()
+    places = torch.where((places >= 0) & (places < inputs), places, inputs)  # one row for nobody
+    total = torch.zeros((inputs + 1, rows.shape[1]), dtype=torch.float32, device=rows.device)
+    _add_rows(total, places, rows.float())
+    return total[:inputs].to(rows.dtype)
+
+
+def _add_rows(total: torch.Tensor, places: torch.Tensor, rows: torch.Tensor) -> None:
+    if total.is_cuda:  # there the sum over equal rows has a fixed order, and index_add has not
+        total.index_put_((places,), rows, accumulate=True)
+    else:
+        total.index_add_(0, places, rows)
+
+
+def sentence(device: torch.device, dtype: torch.dtype) -> str:
+    """How dX goes through the dequantised weights, for a dY of this dtype."""
+    how = "a Triton kernel" if runs_kernels(device) else "strips and torch.mm"
+    return f"through the dequantised weights in {dtype_name(dtype)}, by {how}"
 
 
 def grad_bias(

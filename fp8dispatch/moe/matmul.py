@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from fp8dispatch import policy, registry
 from fp8dispatch.checks import check_out_dtype, check_transforms, is_traced
 from fp8dispatch.decide import decide
 from fp8dispatch.execute import autocast_dtype
-from fp8dispatch.moe import autograd, ops
+from fp8dispatch.moe import autograd, gradient, ops
+from fp8dispatch.moe import dgrad as fp8_dgrad
 from fp8dispatch.moe.execute import ExpertsCall, describe_call, route_of
 from fp8dispatch.moe.routing import Routing, check_values
 from fp8dispatch.moe.validate import check_call, check_flag
+from fp8dispatch.problem import Dgrad
 from fp8dispatch.router import Decision
 
 
@@ -126,6 +129,7 @@ def explain_experts(
     gathers: bool = False,
     scatters: bool = False,
     backend: str | None = None,
+    dgrad: bool | None = None,
 ) -> Decision:
     """Which backend an expert matmul would run, and why not the others.
 
@@ -138,6 +142,7 @@ def explain_experts(
         batched: explain `fp8_experts_batched`, else `fp8_experts_grouped`.
         rows: rows of the output, default those of x.
         gathers, scatters: the call has `gather`, `scatter`.
+        dgrad: also say how dX is computed, as in `explain`.
 
     Raises:
         The errors of the calls.
@@ -166,7 +171,17 @@ def explain_experts(
         scatter=index(count) if scatters else None,
     )
     problem = describe_call(routing, weight, call, bias, activation_scale)
-    return decide(problem, x.device, call.allowed)
+    decision = decide(problem, x.device, call.allowed)
+    if not (torch.is_grad_enabled() and x.requires_grad if dgrad is None else dgrad):
+        return decision
+    if allowed.dgrad is Dgrad.DEQUANTIZED:
+        return replace(decision, gradient=gradient.sentence(x.device, resolved))
+    if not batched:
+        routing = replace(routing, offsets=index(weight.shape[0]))
+    else:
+        routing = replace(routing, expert_ids=index(count))
+    product = fp8_dgrad.explain(routing, weight, call.recipe, x.dtype, allowed)
+    return replace(decision, gradient=f"as an FP8 GEMM, by {product.backend}", dgrad=product)
 
 
 def _run(

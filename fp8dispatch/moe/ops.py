@@ -19,12 +19,12 @@ import torch
 from torch.library import register_autograd
 
 from fp8dispatch import ops as linear_ops
-from fp8dispatch import policy, registry
+from fp8dispatch import policy, recorded, registry
 from fp8dispatch.checks import check_activations, check_choice
 from fp8dispatch.errors import UnsupportedTransformError
 from fp8dispatch.formats import ACTIVATION_DTYPES
-from fp8dispatch.moe import execute, gradient
-from fp8dispatch.moe.autograd import TENSORS
+from fp8dispatch.moe import dgrad, execute, gradient
+from fp8dispatch.moe.autograd import TENSORS, input_gradient
 from fp8dispatch.moe.execute import ExpertsCall
 from fp8dispatch.moe.routing import check_values
 from fp8dispatch.moe.validate import ExpertOperands, check_call, check_expert_operands
@@ -35,14 +35,14 @@ _ROUTING = "Tensor index, Tensor? gather, Tensor? scatter, bool batched"
 for _schema in (
     "experts(Tensor x, Tensor weight, Tensor weight_scale, Tensor index, Tensor? bias, "
     "Tensor? activation_scale, Tensor? gather, Tensor? scatter, bool batched, int block_n, "
-    "int block_k, ScalarType out_dtype, str backend, bool debug) -> Tensor",
+    "int block_k, ScalarType out_dtype, str backend, bool debug, str dgrad='') -> Tensor",
     f"experts_grad_input(Tensor grad, Tensor weight, Tensor weight_scale, {_ROUTING}, "
-    f"SymInt inputs, int block_n, int block_k, ScalarType dtype) -> Tensor",
+    f"SymInt inputs, int block_n, int block_k, ScalarType dtype, str dgrad='') -> Tensor",
     f"experts_grad_bias(Tensor grad, {_ROUTING}, SymInt inputs, SymInt experts, ScalarType dtype) "
     f"-> Tensor",
 ):
     define(_schema)
-"""``block_n = block_k = 0`` means a recipe without blocks, ``backend = ""`` any backend."""
+"""As the schemas of `fp8dispatch.ops`."""
 
 
 def experts(
@@ -55,16 +55,18 @@ def experts(
     debug: bool,
 ) -> torch.Tensor:
     """Record a checked call; `tensors` are the `TENSORS` of `moe.autograd`."""
+    from fp8dispatch.recording import dgrad_of  # it imports the compiler
+
     block = operands.recipe.block_size or (0, 0)
     out: torch.Tensor = torch.ops.fp8dispatch.experts.default(
-        *tensors, batched, *block, out_dtype, backend or "", debug
+        *tensors, batched, *block, out_dtype, backend or "", debug, dgrad_of(tensors[0], backend)
     )
     return out
 
 
 def _check(*arguments: Any) -> ExpertOperands:
     tensors = arguments[: len(TENSORS)]
-    batched, block_n, block_k, out_dtype, backend, _ = arguments[len(TENSORS) :]
+    batched, block_n, block_k, out_dtype, backend = arguments[len(TENSORS) : len(TENSORS) + 5]
     check_choice("out_dtype", out_dtype, ACTIVATION_DTYPES)
     policy.check_backend(backend or None, registry.NAMES)
     return check_call(*tensors, block_size=linear_ops.stated(block_n, block_k), batched=batched)
@@ -73,12 +75,15 @@ def _check(*arguments: Any) -> ExpertOperands:
 def _experts(*arguments: Any) -> torch.Tensor:
     operands = _check(*arguments)
     x, weight, weight_scale, index, bias, activation_scale, gather, scatter, *_ = arguments
-    batched, _, _, out_dtype, backend, debug = arguments[len(TENSORS) :]
+    batched, _, _, out_dtype, backend, debug, *others = arguments[len(TENSORS) :]
+    text = "".join(others)  # about dgrad; torch leaves out an argument that has its default value
+    routing = execute.route_of(x.shape[0], weight.shape[0], index, gather, scatter, batched=batched)
     if debug:
-        check_values(
-            execute.route_of(x.shape[0], weight.shape[0], index, gather, scatter, batched=batched)
-        )
+        check_values(routing)
     allowed = policy.resolve(backend or None, registry.NAMES)
+    recorded.check(text, allowed)
+    if text:
+        dgrad.admit(x, weight, routing, operands.recipe, allowed)
     with without_autocast(x):
         return execute.forward(
             x, weight, weight_scale, index, bias, activation_scale, gather, scatter,
@@ -106,12 +111,13 @@ def _grad_input(
     block_n: int,
     block_k: int,
     dtype: torch.dtype,
+    dgrad: str = "",
 ) -> torch.Tensor:
     recipe = _check_grad(grad, weight, weight_scale, block_n, block_k, dtype)
     routing = execute.route_of(inputs, weight.shape[0], index, gather, scatter, batched=batched)
-    weights = execute.decoded_weights(weight, weight_scale, recipe)
+    allowed = recorded.decode(dgrad)
     with without_autocast(grad):
-        return gradient.grad_input(grad, weights, routing).to(dtype)
+        return input_gradient(grad, weight, weight_scale, routing, recipe, dtype, allowed)
 
 
 def _grad_input_fake(
@@ -126,6 +132,7 @@ def _grad_input_fake(
     block_n: int,
     block_k: int,
     dtype: torch.dtype,
+    dgrad: str = "",
 ) -> torch.Tensor:
     _check_grad(grad, weight, weight_scale, block_n, block_k, dtype)
     return grad.new_empty((inputs, weight.shape[2]), dtype=dtype)
@@ -180,6 +187,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     needs = dict(zip(TENSORS, ctx.needs_input_grad, strict=False))
     ctx.batched, block_n, block_k = inputs[len(TENSORS) : len(TENSORS) + 3]
     ctx.block = block_n, block_k
+    ctx.dgrad = "".join(inputs[len(TENSORS) + 6 :])
     ctx.inputs, ctx.experts = named["x"].shape[0], named["weight"].shape[0]
     ctx.x_dtype = named["x"].dtype
     ctx.bias_dtype = None if named["bias"] is None else named["bias"].dtype
@@ -208,8 +216,9 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             grads[name] = operators.frozen_gradient.default(tensor, grad, name)
     if needs["x"]:
         grads["x"] = operators.experts_grad_input.default(
-            grad, weight, weight_scale, *routing, ctx.batched, ctx.inputs, *ctx.block, ctx.x_dtype
-        )
+            grad, weight, weight_scale, *routing, ctx.batched, ctx.inputs, *ctx.block, ctx.x_dtype,
+            ctx.dgrad,
+        )  # fmt: skip
     if needs["bias"]:
         grads["bias"] = operators.experts_grad_bias.default(
             grad, *routing, ctx.batched, ctx.inputs, ctx.experts, ctx.bias_dtype

@@ -103,7 +103,7 @@ def test_route_evidence_and_who_decided_are_named(
 
     assert "order: measured, bench/results/h200" in text
     assert "decided by FP8DISPATCH_BACKEND" in text
-    assert re.search(r"environment +-cublaslt,-fbgemm +none +none +yes", text)
+    assert re.search(r"environment +-cublaslt,-fbgemm +none +none +none +yes", text)
 
 
 def test_one_call_is_explained_with_every_answer(plant: Plant) -> None:

@@ -14,6 +14,7 @@ class Eager(ExpertBackend):
     """The linear of the same name for each expert."""
 
     name = "eager"
+    any_strides = True
     weight_dtypes = frozenset(FLOAT8_NAMES)
     experts = computed_in("fp8dispatch.moe.backends.compute.eager")
 

@@ -1,0 +1,58 @@
+"""The policy that a compiled graph carries into its backward pass.
+
+An operator of a graph reads the policy when it runs, in the thread that runs it. Backward runs on
+a thread of its own, where `use_backend` of the forward pass says nothing. So a call that records a
+gradient carries a text: how dX is computed and, where it is an FP8 GEMM, the whole policy, since
+that chooses its backend. torch.compile makes a new graph when what is stated about dgrad changes.
+Where its guards cannot see that (statements in several threads or tasks at once) the operator
+raises: it never runs a graph of another policy.
+"""
+
+from __future__ import annotations
+
+import json
+
+from fp8dispatch.errors import ConfigurationError
+from fp8dispatch.policy import Policy
+from fp8dispatch.problem import Accuracy, Dgrad
+
+
+def encode(allowed: Policy) -> str:
+    """A policy as a text; only "dequantized" where dX needs to know no more."""
+    if allowed.dgrad is Dgrad.DEQUANTIZED:
+        return Dgrad.DEQUANTIZED.value
+    return json.dumps(
+        [
+            allowed.only,
+            allowed.excluded,
+            allowed.accuracy.value,
+            allowed.batch_invariant,
+            allowed.source,
+        ],
+        separators=(",", ":"),
+    )
+
+
+def decode(text: str) -> Policy | None:
+    """The policy of an FP8 dgrad; None where dX goes through the dequantised weight."""
+    if text in ("", Dgrad.DEQUANTIZED.value):
+        return None
+    only, excluded, accuracy, invariant, source = json.loads(text)
+    return Policy(
+        tuple(only), tuple(excluded), Accuracy(accuracy), invariant, source, dgrad=Dgrad.FP8
+    )
+
+
+def check(text: str, allowed: Policy) -> None:
+    """That a graph which carries `text` may run under the policy `allowed`.
+
+    Raises:
+        ConfigurationError: dX would be computed in another way than is stated now.
+    """
+    if text and text != encode(allowed):
+        raise ConfigurationError(
+            f"this graph was compiled for the policy {text} of its backward pass, and "
+            f"{encode(allowed)} is stated now; run it under the statement that it was compiled "
+            f"under, state dgrad for all threads with set_backend, or compile it again "
+            f"(torch.compiler.reset())"
+        )
