@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from fp8dispatch.quantization.weight import dequantize, quantize
     from fp8dispatch.recipe import Granularity, Recipe
     from fp8dispatch.router import Assessment, Decision, Standing
+    from fp8dispatch.tuning.run import TuningReport, tune
     from fp8dispatch.warm import WarmedLayer, warmup
 
 # Module -> the public names that live there.
@@ -152,6 +153,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "quantization.weight": ("dequantize", "quantize"),
     "recipe": ("Granularity", "Recipe"),
     "router": ("Assessment", "Decision", "Standing"),
+    "tuning.run": ("TuningReport", "tune"),
     "warm": ("WarmedLayer", "warmup"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -192,6 +194,7 @@ __all__ = [
     "ScaleValueError",
     "ShapeError",
     "Standing",
+    "TuningReport",
     "UnknownBackendError",
     "UnsupportedTransformError",
     "WarmedLayer",
@@ -227,6 +230,7 @@ __all__ = [
     "silu_mul_linear",
     "silu_mul_quantize",
     "stats",
+    "tune",
     "unpack",
     "use_backend",
     "verify",

@@ -17,6 +17,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "fp8dispatch.doctor.__main__",
         "what this machine can run, what it would choose and why",
     ),
+    "tune": (
+        "fp8dispatch.tuning.command",
+        "time the backends on this GPU and route calls to the fastest",
+    ),
     "calibrate": (
         "fp8dispatch.calibrate.command",
         "measure the inputs of a model's layers on a text, for static scales",

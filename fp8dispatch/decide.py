@@ -22,6 +22,8 @@ from fp8dispatch.probes.device import describe
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.recipe import Recipe
 from fp8dispatch.router import Decision, Standing, select
+from fp8dispatch.routes import TunedRoute
+from fp8dispatch.tuning import orders
 
 if TYPE_CHECKING:
     import torch
@@ -62,15 +64,17 @@ def decide(problem: LinearProblem, device: torch.device, allowed: Policy) -> Dec
 
     machine = describe(device)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    order, route = routes.order_for(problem, machine, registry.NAMES)
+    tuned = orders.find(problem, machine) if allowed.tuned else None
+    order, route = routes.order_for(problem, machine, registry.NAMES, tuned)
     decision = select(
         problem,
         machine,
         allowed,
         order,
         lambda name: registry.find(problem.family + name),
-        lambda name: standing(
-            problem.family + name, device, machine, problem.recipe, capturing=capturing
+        lambda name: (
+            found_wrong(name, tuned)
+            or standing(problem.family + name, device, machine, problem.recipe, capturing=capturing)
         ),
         route,
     )
@@ -135,6 +139,12 @@ def standing(
         # on this kind of machine, nor to trust anything else.
         usable = backend.is_verified(machine)
     return Standing(verdict.state, verdict.reason, usable)
+
+
+def found_wrong(name: str, tuned: TunedRoute | None) -> Standing | None:
+    """The standing of a backend whose numbers were wrong while this size was tuned; else None."""
+    reason = None if tuned is None else tuned.wrong.get(name)
+    return None if reason is None else Standing("wrong", f"tuning found {reason}", usable=False)
 
 
 def put_aside(

@@ -1,7 +1,8 @@
 """Which backends a call may use, and the only reader of environment variables.
 
 The nearest statement wins: the argument ``backend=`` of a call, then `use_backend`, then
-`set_backend`, then the environment, then the default order. A statement is a text:
+`set_backend`, then the environment, then the tuned order, then the default one. A statement is a
+text:
 
     "triton"          this backend, or an error with its refusals
     "triton,eager"    the first of these that takes the call, or an error
@@ -13,10 +14,11 @@ The nearest statement wins: the argument ``backend=`` of a call, then `use_backe
 | `FP8DISPATCH_ACCURACY`  | `exact` (default) or `fast`: the least exact accumulation allowed  |
 | `FP8DISPATCH_BATCH_INVARIANT` | `1`: a row's result depends on no other row, nor on M     |
 | `FP8DISPATCH_DGRAD`     | `dequantized` (default) or `fp8`: how dX is computed               |
+| `FP8DISPATCH_TUNED`     | `0` leaves the orders that `fp8dispatch tune` measured alone       |
 | `FP8DISPATCH_PLUGINS`   | `0` leaves third-party backends alone                              |
-| `FP8DISPATCH_CACHE_DIR` | where verdicts are kept, instead of the user's cache directory     |
+| `FP8DISPATCH_CACHE_DIR` | where verdicts and tuned orders are kept, not the user's cache    |
 
-The first four are read once, at the first call; `reload_environment` reads them again.
+The first five are read once, at the first call; `reload_environment` reads them again.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ BACKEND_VARIABLE = "FP8DISPATCH_BACKEND"
 ACCURACY_VARIABLE = "FP8DISPATCH_ACCURACY"
 INVARIANT_VARIABLE = "FP8DISPATCH_BATCH_INVARIANT"
 DGRAD_VARIABLE = "FP8DISPATCH_DGRAD"
+TUNED_VARIABLE = "FP8DISPATCH_TUNED"
 PLUGINS_VARIABLE = "FP8DISPATCH_PLUGINS"
 CACHE_VARIABLE = "FP8DISPATCH_CACHE_DIR"
 # Triton's own variable: it decides, when a kernel is defined, whether CPU tensors can be run.
@@ -59,6 +62,7 @@ class Policy:
         batch_invariant: backend, tile and order of summation must be the same for every M.
         source: who said so, for explanations: "default", "argument backend=" and the like.
         dgrad: how the gradient of X is computed; FP8 runs or the forward call raises.
+        tuned: the orders that were measured on this machine come before the default ones.
     """
 
     only: tuple[str, ...] = ()
@@ -67,6 +71,7 @@ class Policy:
     batch_invariant: bool = False
     source: str = "default"
     dgrad: Dgrad = Dgrad.DEQUANTIZED
+    tuned: bool = True
 
     @property
     def forced(self) -> bool:
@@ -87,12 +92,14 @@ class Statement:
         accuracy: the least exact class of accumulation allowed.
         batch_invariant: whether results may depend on the number of rows.
         dgrad: how the gradient of X is computed.
+        tuned: whether tuned orders are followed.
     """
 
     backends: str | None = None
     accuracy: Accuracy | None = None
     batch_invariant: bool | None = None
     dgrad: Dgrad | None = None
+    tuned: bool | None = None
 
 
 _NOTHING = Statement()
@@ -124,11 +131,12 @@ def resolve(backend: str | None, known: tuple[str, ...]) -> Policy:
     stated = (said.batch_invariant for _, said in places if said.batch_invariant is not None)
     invariant = next(stated, False)
     dgrad = next((said.dgrad for _, said in places if said.dgrad), Dgrad.DEQUANTIZED)
+    tuned = next((said.tuned for _, said in places if said.tuned is not None), True)
     for source, said in places:
         if said.backends is not None:
             only, excluded = parse_backends(said.backends, known)
-            return Policy(only, excluded, accuracy, invariant, source, dgrad)
-    return Policy(accuracy=accuracy, batch_invariant=invariant, dgrad=dgrad)
+            return Policy(only, excluded, accuracy, invariant, source, dgrad, tuned)
+    return Policy(accuracy=accuracy, batch_invariant=invariant, dgrad=dgrad, tuned=tuned)
 
 
 def statements(known: tuple[str, ...]) -> tuple[tuple[str, Statement], ...]:
@@ -155,6 +163,7 @@ def enter(statement: Statement) -> Token[Statement | None]:
             if statement.batch_invariant is None
             else statement.batch_invariant,
             statement.dgrad or outer.dgrad,
+            outer.tuned if statement.tuned is None else statement.tuned,
         )
     )
     _restate()
@@ -220,7 +229,7 @@ def plugins_allowed() -> bool:
 
 
 def cache_directory() -> Path:
-    """Where verdicts are kept: ``FP8DISPATCH_CACHE_DIR``, or the user's cache directory."""
+    """Where verdicts and tuned orders are: ``FP8DISPATCH_CACHE_DIR``, or the user's own cache."""
     stated = os.environ.get(CACHE_VARIABLE)
     if stated:
         return Path(stated)
@@ -301,6 +310,7 @@ def _environment(known: tuple[str, ...]) -> Statement:
         accuracy = os.environ.get(ACCURACY_VARIABLE, "").strip()
         invariant = os.environ.get(INVARIANT_VARIABLE, "").strip().lower()
         dgrad = os.environ.get(DGRAD_VARIABLE, "").strip()
+        tuned = os.environ.get(TUNED_VARIABLE, "").strip().lower()
         if backends:
             try:
                 parse_backends(backends, known)
@@ -313,6 +323,7 @@ def _environment(known: tuple[str, ...]) -> Statement:
             parse_accuracy(accuracy, ACCURACY_VARIABLE) if accuracy else None,
             _parse_switch(invariant, INVARIANT_VARIABLE) if invariant else None,
             parse_dgrad(dgrad, DGRAD_VARIABLE) if dgrad else None,
+            _parse_switch(tuned, TUNED_VARIABLE) if tuned else None,
         )
         _restate()
     return _of_environment

@@ -1,5 +1,6 @@
-"""The order of backends for a problem on a machine: measured routes, and the default behind them.
+"""The order of backends for a problem on a machine: tuned, measured, and the default behind them.
 
+A tuned order was measured on the user's own machine (`fp8dispatch.tuning`) and comes first.
 Measured routes are data, `routes.json`, each with the file that it was measured in: architecture,
 recipe, a range of M, a range of output tiles, and an order. Backends that a route does not name
 follow in the default order, so that every order names every backend.
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 
 from fp8dispatch.machine import Machine
@@ -53,6 +55,21 @@ class Route:
         )
 
 
+@dataclass(frozen=True)
+class TunedRoute:
+    """What was measured on this machine for a call like the one at hand.
+
+    Attributes:
+        order: backends, the fastest first; empty where nothing says so.
+        source: where that comes from, for explanations.
+        wrong: backend -> what was wrong with its numbers; it must not run the call.
+    """
+
+    order: tuple[str, ...]
+    source: str
+    wrong: Mapping[str, str] = field(default_factory=dict)
+
+
 def tiles(problem: LinearProblem) -> int:
     """Tiles of 128x128 in the output."""
     return ceil_div(problem.m, TILE) * ceil_div(problem.n, TILE)
@@ -90,13 +107,20 @@ _EXPERTS = ("triton", "deepgemm", "fbgemm", "mslk", "cutlass")
 
 
 def order_for(
-    problem: LinearProblem, machine: Machine, known: tuple[str, ...]
+    problem: LinearProblem,
+    machine: Machine,
+    known: tuple[str, ...],
+    tuned: TunedRoute | None = None,
 ) -> tuple[tuple[str, ...], str]:
     """Every known backend in the order to try them, and where the order comes from.
 
     Args:
         known: the registered backends; what an order does not name follows in their order.
+        tuned: what was measured on this machine for such a call; None where nothing was.
     """
+    if tuned is not None and tuned.order:
+        behind, _ = order_for(problem, machine, known)
+        return _complete((*tuned.order, *behind), known), tuned.source
     if machine.device_type != "cuda":
         # Off the GPU plain torch comes first: the others run in an interpreter at best.
         return _complete(("eager",), known), "plain torch first off the GPU"
@@ -111,5 +135,5 @@ def order_for(
 
 
 def _complete(order: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
-    named = tuple(name for name in order if name in known)
+    named = tuple(dict.fromkeys(name for name in order if name in known))
     return (*named, *(name for name in known if name not in named))

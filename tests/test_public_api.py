@@ -54,6 +54,7 @@ NAMES = [
     "ScaleValueError",
     "ShapeError",
     "Standing",
+    "TuningReport",
     "UnknownBackendError",
     "UnsupportedTransformError",
     "WarmedLayer",
@@ -89,6 +90,7 @@ NAMES = [
     "silu_mul_linear",
     "silu_mul_quantize",
     "stats",
+    "tune",
     "unpack",
     "use_backend",
     "verify",
@@ -315,6 +317,7 @@ def test_names_stay_after_every_module_is_imported() -> None:
         "offset8",
         "probes",
         "quantization",
+        "tuning",
     ],
 )
 def test_each_folder_says_what_belongs_there(package: str) -> None:

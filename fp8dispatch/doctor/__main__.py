@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--machine", metavar="NAME", help="decide for another GPU, such as h100")
     parser.add_argument("--device", type=int, metavar="N", help="ask about one GPU")
-    parser.add_argument("--clear-cache", action="store_true", help="delete stored verdicts first")
+    parser.add_argument(
+        "--clear-cache", action="store_true", help="delete stored verdicts and tuned routes first"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

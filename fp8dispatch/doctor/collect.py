@@ -18,6 +18,7 @@ from fp8dispatch.doctor.overrides import (
     describe_cache,
     describe_overrides,
     describe_quarantine,
+    describe_tuned,
     resolve_policy,
 )
 from fp8dispatch.doctor.questions import Call
@@ -57,7 +58,7 @@ def collect(
         call: a call to explain on each device.
         probe: import torch and the libraries, and find out verdicts that are not known yet: starts
             CUDA, takes seconds to minutes.
-        clear_cache: delete the stored verdicts first.
+        clear_cache: delete the stored verdicts and tuned routes first.
         on_step: told what is about to be tested.
 
     Raises:
@@ -84,6 +85,13 @@ def collect(
             for held in describe_quarantine()
         ),
         *cache_findings,
+        *(
+            Finding(level="note", sentence=sentence)
+            for one in found.devices
+            if one.decided and not one.simulated
+            for sentence in (describe_tuned(one.machine, allowed)[1],)
+            if sentence
+        ),
         *(
             Finding(level="note", sentence=problem)
             for problem in (package_report().problems if machine is None else ())
@@ -133,6 +141,8 @@ def _examine(
     if not device.decided:
         return record
     asked = Examination(device, allowed, probe, on_step)
+    if not device.simulated:
+        record = record.model_copy(update={"tuned": describe_tuned(machine, allowed)[0]})
     return record.model_copy(
         update={
             "backends": asked.backends(),

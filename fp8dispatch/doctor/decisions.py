@@ -42,6 +42,8 @@ from fp8dispatch.router import (
     refuse_unnamed,
     select,
 )
+from fp8dispatch.routes import TunedRoute
+from fp8dispatch.tuning import orders
 
 _SIMULATED = "a simulated machine: nothing can be tested on it from here"
 _NOT_YET = "no verdict is stored: --probe tests it now, else its first call does"
@@ -197,8 +199,11 @@ class Examination:
         return RecipeRecord(recipe=str(recipe), verdict=standing.verdict, reason=standing.reason)
 
     def _choose(self, problem: LinearProblem) -> tuple[ChoiceRecord, Decision | None]:
-        order, route = routes.order_for(problem, self.device.machine, registry.NAMES)
         family = problem.family
+        tuned = None
+        if self.allowed.tuned and not self.device.simulated:
+            tuned = orders.find(problem, self.device.machine, quietly=True)
+        order, route = routes.order_for(problem, self.device.machine, registry.NAMES, tuned)
         chosen = ChoiceRecord(
             recipe=str(problem.recipe),
             m=problem.m,
@@ -219,11 +224,15 @@ class Examination:
                 self.allowed,
                 order,
                 lambda name: self._candidates[family + name],
-                lambda name: self._standing(family + name, problem.recipe),
+                lambda name: (
+                    decide.found_wrong(name, tuned) or self._standing(family + name, problem.recipe)
+                ),
                 route,
             )
         except BackendUnavailableError as error:
-            passed_over = tuple(self._refused(problem, name) for name in self.allowed.order(order))
+            passed_over = tuple(
+                self._refused(problem, name, tuned) for name in self.allowed.order(order)
+            )
             return chosen.model_copy(update={"error": str(error), "passed_over": passed_over}), None
         before = [one.backend for one in decision.assessments].index(decision.backend)
         answers = {
@@ -236,12 +245,16 @@ class Examination:
         }
         return chosen.model_copy(update=answers), decision
 
-    def _refused(self, problem: LinearProblem, name: str) -> AssessmentRecord:
+    def _refused(
+        self, problem: LinearProblem, name: str, tuned: TunedRoute | None
+    ) -> AssessmentRecord:
         """Why one backend does not run a call that none of them runs, as the router has it."""
         asked = self._candidates[problem.family + name]
         reasons = refusals_of(name, asked, problem, self.device.machine, self.allowed)
         if not reasons:
-            standing = self._standing(problem.family + name, problem.recipe)
+            standing = decide.found_wrong(name, tuned) or self._standing(
+                problem.family + name, problem.recipe
+            )
             found = f"{standing.verdict} ones: {standing.reason}"
             reasons = (Refusal("numbers", "right numbers on this machine", found),)
         return AssessmentRecord(backend=name, refusals=_refusals(name, reasons))

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from fp8dispatch import policy, registry, trust
-from fp8dispatch.doctor.report import CacheRecord, Finding, OverrideRecord, QuarantineRecord
+from fp8dispatch.doctor.report import (
+    CacheRecord,
+    Finding,
+    OverrideRecord,
+    QuarantineRecord,
+    TunedRecord,
+)
 from fp8dispatch.errors import ConfigurationError
+from fp8dispatch.machine import Machine
 from fp8dispatch.policy import Policy
 from fp8dispatch.probes.store import VerdictStore
+from fp8dispatch.tuning import orders
+from fp8dispatch.tuning.store import TunedStore
 
 
 def resolve_policy() -> tuple[Policy, tuple[Finding, ...]]:
@@ -65,11 +74,12 @@ def describe_quarantine() -> tuple[QuarantineRecord, ...]:
 
 
 def describe_cache(*, clear: bool) -> tuple[CacheRecord, tuple[Finding, ...]]:
-    """Where verdicts are kept and how many there are, after deleting them if that is asked for."""
+    """What is stored, where and how much, after deleting it if that is asked for."""
     try:
         directory = VerdictStore(policy.cache_directory()).directory
+        tuned = TunedStore(policy.cache_directory())
     except RuntimeError as error:  # pathlib's word for a user without a home
-        sentence = f"verdicts on backends are kept for one process only: {error}"
+        sentence = f"verdicts and tuned routes are kept for one process only: {error}"
         return CacheRecord(path=None, verdicts=0), (Finding(level="note", sentence=sentence),)
     findings: list[Finding] = []
     cleared: int | None = None
@@ -81,4 +91,33 @@ def describe_cache(*, clear: bool) -> tuple[CacheRecord, tuple[Finding, ...]]:
     except OSError as error:
         sentence = f"the stored verdicts in {directory} cannot be read or deleted: {error}"
         findings.append(Finding(level="degraded", sentence=sentence))
-    return CacheRecord(path=str(directory), verdicts=verdicts, cleared=cleared), tuple(findings)
+    tuned_cleared: int | None = None
+    files = 0
+    try:
+        if clear:
+            tuned_cleared = orders.clear()
+        files = tuned.count()
+    except OSError as error:
+        sentence = f"the tuned routes in {tuned.directory} cannot be read or deleted: {error}"
+        findings.append(Finding(level="degraded", sentence=sentence))
+    record = CacheRecord(
+        path=str(directory),
+        verdicts=verdicts,
+        cleared=cleared,
+        tuned_path=str(tuned.directory),
+        tuned_files=files,
+        tuned_cleared=tuned_cleared,
+    )
+    return record, tuple(findings)
+
+
+def describe_tuned(machine: Machine, allowed: Policy) -> tuple[TunedRecord, str]:
+    """What was tuned on a machine, and what was found there that is not for it, in a sentence."""
+    found = orders.in_force(machine)
+    record = TunedRecord(
+        routes=len(found),
+        in_force=allowed.tuned and len(found) > 0,
+        file=None if found.file is None else str(found.file),
+        date=found.date,
+    )
+    return record, found.ignored

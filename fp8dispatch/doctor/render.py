@@ -318,6 +318,20 @@ def _render_state(report: Report, out: _Printer) -> None:
         out.line(f"verdicts: {cache.verdicts} in {cache.path}", indent=2)
     if cache.cleared is not None:
         out.line(f"deleted before: {cache.cleared}", indent=2)
+    if cache.tuned_path is not None:
+        out.line(f"files of tuned routes: {cache.tuned_files} in {cache.tuned_path}", indent=2)
+    if cache.tuned_cleared is not None:
+        out.line(f"deleted before: {cache.tuned_cleared}", indent=2)
+    for device in report.devices:
+        if device.tuned is not None and device.tuned.routes:
+            tuned = device.tuned
+            state = "in force" if tuned.in_force else "turned off by FP8DISPATCH_TUNED"
+            where = f", {tuned.file}" if tuned.file else ", of this process alone"
+            out.line(
+                f"tuned routes for {device.device}: {tuned.routes} {state}, the newest of "
+                f"{tuned.date}{where}",
+                indent=2,
+            )
 
 
 def _render_findings(report: Report, out: _Printer) -> None:

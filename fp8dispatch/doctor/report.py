@@ -126,6 +126,22 @@ class CallRecord(Record):
     text: str
 
 
+class TunedRecord(Record):
+    """The orders that `fp8dispatch tune` measured on one device.
+
+    Attributes:
+        routes: how many sizes were measured, for this GPU, driver and these versions.
+        in_force: whether decisions follow them; not where FP8DISPATCH_TUNED turns them off.
+        file: where they are kept; None where there are none, or for one process alone.
+        date: of the newest; empty where there are none.
+    """
+
+    routes: int
+    in_force: bool
+    file: str | None
+    date: str
+
+
 class DeviceRecord(Record):
     """One device, every backend's verdict on it, and what it would choose.
 
@@ -135,6 +151,7 @@ class DeviceRecord(Record):
         decided: whether backends were asked; where not, a finding says why.
         experts, expert_routes: the same as `backends` and `routes` of expert matmuls, for the
             backends that have one.
+        tuned: what was tuned on it; None where it was not asked.
     """
 
     device: str
@@ -153,6 +170,7 @@ class DeviceRecord(Record):
     experts: tuple[BackendRecord, ...] = ()
     expert_routes: tuple[ChoiceRecord, ...] = ()
     call: CallRecord | None = None
+    tuned: TunedRecord | None = None
 
 
 class OverrideRecord(Record):
@@ -183,17 +201,23 @@ class QuarantineRecord(Record):
 
 
 class CacheRecord(Record):
-    """Where verdicts are kept.
+    """Where verdicts and tuned routes are kept.
 
     Attributes:
-        path: the directory; None where there is no home to keep one in.
+        path: the directory of the verdicts; None where there is no home to keep one in.
         verdicts: how many are stored.
         cleared: how many were deleted before; None where nobody asked for it.
+        tuned_path: the directory of the tuned routes.
+        tuned_files: how many files of tuned routes there are, one for each device and versions.
+        tuned_cleared: how many of them were deleted before; None where nobody asked for it.
     """
 
     path: str | None
     verdicts: int
     cleared: int | None = None
+    tuned_path: str | None = None
+    tuned_files: int = 0
+    tuned_cleared: int | None = None
 
 
 class Report(Record):

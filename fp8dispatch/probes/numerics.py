@@ -304,7 +304,7 @@ def judge(out: object, operands: Judged) -> tuple[float, str | None]:
     form = (tuple(out.shape), dtype_name(out.dtype), out.device)
     if form != ((problem.m, problem.n), problem.out_dtype, operands.x.device):
         return math.inf, f"returned {list(form[0])} {form[1]} on {form[2]}"
-    got = out.detach().to("cpu").double()
+    got = out.detach().to(operands.value.device).double()
     finite = torch.isfinite(got)
     if not bool(finite.all()):
         row, column = (int(index) for index in (~finite).nonzero()[0])
