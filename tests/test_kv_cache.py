@@ -1,4 +1,4 @@
-"""Keys and values in FP8: their bytes by layer and by head, and what is refused."""
+"""Keys and values in FP8 and INT8: their bytes by layer and by head, and what is refused."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fp8dispatch.quantization.kv_cache import (
     KVCacheQuantizer,
     KVScales,
     dequantize_kv,
+    kv_scale_of,
     quantize_kv,
 )
 from tests import oracle
@@ -64,13 +65,46 @@ def test_scales_by_head_keep_a_quiet_head() -> None:
     assert worst["layer"] < 1
 
 
-def test_a_value_that_is_not_finite_spoils_itself_alone() -> None:
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=dtype_name)
+def test_a_value_that_is_not_finite_spoils_itself_alone(dtype: torch.dtype) -> None:
     states = torch.ones(1, 1, 1, 4)
     states[..., 1], states[..., 2] = torch.nan, torch.inf
 
-    data = quantize_kv(states, PER_LAYER).float()
+    data = quantize_kv(states, PER_LAYER, dtype)
 
-    assert data.isnan().tolist() == [[[[False, True, True, False]]]]
+    back = dequantize_kv(data, PER_LAYER)
+    assert back.isnan().tolist() == [[[[False, True, True, False]]]]
+
+
+@pytest.mark.parametrize("scale", [PER_LAYER, PER_HEAD], ids=["layer", "head"])
+@pytest.mark.parametrize("source", ACTIVATION_DTYPES, ids=dtype_name)
+def test_int8_rounds_to_the_nearest_of_254_equal_steps(
+    scale: torch.Tensor, source: torch.dtype, device: str
+) -> None:
+    states = (torch.randn(B, H, T, D) * 4).to(source)
+    spread = scale.expand(H)[None, :, None, None]
+    states[0, :, 0, 0] = 1e4  # beyond the range of every scale
+    states[0, :, 0, 1] = -1e4
+    states[1, :, 0, :2] = (spread * torch.tensor([2.5, 3.5]))[0, :, 0].to(source)
+
+    data = quantize_kv(states.to(device), scale.to(device), torch.int8)
+    back = dequantize_kv(data, scale.to(device), torch.float32)
+
+    # Python's round goes to the even neighbour; the quotient is fp32's, as is documented.
+    quotients = (states.float() / spread).flatten().tolist()
+    wanted = [max(-127, min(127, round(quotient))) for quotient in quotients]
+    assert data.dtype == torch.int8
+    assert data.cpu().flatten().tolist() == wanted
+    assert torch.equal(back.cpu(), data.float().cpu() * spread)
+
+
+def test_int8_scales_reach_the_largest_value() -> None:
+    amax = torch.tensor([12.7, 0.0, 1e-30])
+
+    scale = kv_scale_of(amax, torch.int8)
+
+    assert scale.tolist() == pytest.approx([0.1, 1.0, 1e-12 / 127])
+    assert quantize_kv(torch.tensor([[[-12.7]]]), scale[:1], torch.int8).item() == -127
 
 
 def test_layers_are_found_by_index_and_by_name() -> None:
@@ -103,13 +137,13 @@ X = torch.ones(B, H, T, D)
         (lambda: quantize_kv(X, torch.ones(1).double()), DTypeError, "scale must be float32"),
         (lambda: quantize_kv(X, torch.ones(1, device="meta")), DeviceError, "found meta"),
         (lambda: quantize_kv(X.double(), PER_LAYER), DTypeError, "found float64"),
-        (lambda: quantize_kv(X, PER_LAYER, torch.int8), DTypeError, "dtype"),
+        (lambda: quantize_kv(X, PER_LAYER, torch.uint8), DTypeError, "dtype"),
         (lambda: dequantize_kv(X, PER_LAYER), DTypeError, "make it with quantize_kv"),
         (lambda: KVScales(torch.zeros(1), PER_LAYER), ScaleValueError, "key must be finite"),
         (lambda: KVScales(PER_LAYER, PER_LAYER * torch.nan), ScaleValueError, "value must be"),
         (lambda: KVScales(torch.ones(2, 2), PER_LAYER), ShapeError, r"\[heads\]"),
         (lambda: KVCacheQuantizer([PER_LAYER]), DTypeError, "must be KVScales, found Tensor"),  # type: ignore[list-item]
-        (lambda: KVCacheQuantizer([], torch.int8), DTypeError, "dtype"),
+        (lambda: KVCacheQuantizer([], torch.uint8), DTypeError, "dtype"),
     ],
 )
 def test_what_does_not_fit_is_refused(call: object, error: type[Exception], words: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +19,7 @@ from fp8dispatch.errors import (
     ScaleValueError,
     ShapeError,
 )
+from fp8dispatch.formats import ACTIVATION_DTYPES
 from fp8dispatch.offset8 import (
     FP8Format,
     compare_to_baseline,
@@ -225,16 +228,69 @@ def test_infinities_saturate_on_request_and_nan_never() -> None:
         quantize_fp8(values, nonfinite="ignore")
 
 
-def test_the_errors_have_their_names_of_origin() -> None:
-    for alias, error in {
+def test_the_errors_are_ours_under_their_names_of_origin() -> None:
+    for name, error in {
         "TritonKernelError": fp8dispatch.FP8DispatchError,
         "ShapeMismatchError": ShapeError,
         "UnsupportedDtypeError": DTypeError,
         "DeviceError": DeviceError,
         "NumericalOverflowError": NumericalOverflowError,
     }.items():
-        assert getattr(offset8, alias) is error
-        assert issubclass(error, offset8.TritonKernelError)
+        assert issubclass(getattr(offset8, name), error)
+        assert issubclass(getattr(offset8, name), offset8.TritonKernelError)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "attributes"),
+    [
+        (
+            lambda: quantize_fp8(torch.ones(2).double()),
+            "UnsupportedDtypeError",
+            {
+                "dtype": torch.float64,
+                "supported_dtypes": ACTIVATION_DTYPES,
+                "tensor_name": "tensor",
+            },
+        ),
+        (
+            lambda: dequantize_fp8(torch.ones(2), ONE),
+            "UnsupportedDtypeError",
+            {"dtype": torch.float32, "supported_dtypes": (torch.uint8,), "tensor_name": "tensor"},
+        ),
+        (
+            lambda: quantize_fp8(torch.ones(2), ONE.half()),
+            "UnsupportedDtypeError",
+            {"dtype": torch.half, "supported_dtypes": (torch.float32,), "tensor_name": "scale"},
+        ),
+        (
+            lambda: quantize_fp8(torch.ones(2), torch.ones(2)),
+            "ShapeMismatchError",
+            {"expected": (), "actual": (2,), "tensor_name": "scale"},
+        ),
+        (
+            lambda: fp8_gemm(torch.ones(2, 3), torch.ones(4, 5)),
+            "ShapeMismatchError",
+            {"expected": (3, 5), "actual": (4, 5), "tensor_name": "b"},
+        ),
+        (
+            lambda: quantize_fp8(torch.ones(2), ONE.to("meta")),
+            "DeviceError",
+            {"expected_device": "cpu", "actual_device": "meta", "tensor_name": "scale"},
+        ),
+        (
+            lambda: fp8_gemm(torch.ones(2, 2), torch.ones(2, 2, device="meta")),
+            "DeviceError",
+            {"expected_device": "cpu", "actual_device": "meta", "tensor_name": "b"},
+        ),
+    ],
+)
+def test_errors_carry_the_attributes_of_origin(
+    call: Callable[[], object], error: str, attributes: dict[str, object]
+) -> None:
+    with pytest.raises(getattr(offset8, error)) as caught:
+        call()
+
+    assert {name: getattr(caught.value, name) for name in attributes} == attributes
 
 
 def test_its_codes_are_no_fp8_bytes() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8dispatch import Calibrator, InvalidInputError, KVScales, kv_cache_scales
+from fp8dispatch import Calibrator, DTypeError, InvalidInputError, KVScales, kv_cache_scales
+from fp8dispatch.formats import dtype_name
 from fp8dispatch.integrations.transformers_cache import fp8_cache
 from fp8dispatch.quantization.kv_cache import dequantize_kv, quantize_kv
 from tests.calibrate.models import VOCABULARY, llama
@@ -13,18 +14,19 @@ from tests.calibrate.models import VOCABULARY, llama
 pytest.importorskip("transformers")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=dtype_name)
 @pytest.mark.parametrize("per_head", [False, True], ids=["layer", "head"])
-def test_logits_over_the_cache_stay_close(per_head: bool) -> None:
+def test_logits_over_the_cache_stay_close(per_head: bool, dtype: torch.dtype) -> None:
     model = llama()
     ids = torch.randint(0, VOCABULARY, (2, 24))
     with torch.no_grad(), Calibrator(model) as calibrator:
         expected = model(ids).logits
-    scales = kv_cache_scales(calibrator.stats(), per_head=per_head)
-    cache = fp8_cache(scales)
+    scales = kv_cache_scales(calibrator.stats(), per_head=per_head, dtype=dtype)
+    cache = fp8_cache(scales, dtype)
 
     with torch.no_grad():
         whole = model(ids, past_key_values=cache).logits
-        steps = fp8_cache(scales)
+        steps = fp8_cache(scales, dtype)
         parts = [model(ids[:, :9], past_key_values=steps).logits]
         parts += [model(ids[:, at : at + 1], past_key_values=steps).logits for at in range(9, 24)]
 
@@ -78,3 +80,5 @@ def test_a_model_generates_over_it(beams: int) -> None:
 def test_a_cache_without_scales_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="kv_cache_scales"):
         fp8_cache({})
+    with pytest.raises(DTypeError, match="dtype"):
+        fp8_cache([KVScales(torch.ones(1), torch.ones(1))], torch.uint8)

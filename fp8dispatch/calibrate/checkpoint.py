@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fp8dispatch import gguf
 from fp8dispatch.errors import CalibrationError
 
 _INSTALL = "pip install 'fp8dispatch[calibrate]'"
@@ -27,6 +28,8 @@ class Checkpoint:
         model: in evaluation mode, its parameters without gradients.
         tokenizer: of Transformers.
         longest: the most tokens that the model takes.
+        decoder_start: of an encoder with a decoder, the token that the decoder begins with; None
+            of every other model.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Checkpoint:
     model: nn.Module
     tokenizer: Any
     longest: int
+    decoder_start: int | None = None
 
 
 def fingerprint(directory: Path) -> str:
@@ -51,14 +55,18 @@ def fingerprint(directory: Path) -> str:
     weights = sorted(directory.glob("*.safetensors"))
     if not weights:
         pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
-        remedy = (
-            "load it where you trust it and write it with save_pretrained(safe_serialization=True)"
-            if pickles
-            else "name the folder of the weights"
-        )
+        ggufs = sorted(path.name for path in directory.glob(f"*{gguf.SUFFIX}"))
+        remedy = "name the folder of the weights"
+        if pickles:
+            remedy = (
+                "load it where you trust it and write it with save_pretrained("
+                "safe_serialization=True)"
+            )
+        elif ggufs:
+            remedy = gguf.remedy(ggufs[0])
         raise CalibrationError(
             f"weights must be safetensors, since a pickle can run code, found "
-            f"{', '.join(pickles) or 'no weights'} in {directory}; {remedy}"
+            f"{', '.join(pickles or ggufs) or 'no weights'} in {directory}; {remedy}"
         )
     digest = hashlib.sha256(config.read_bytes())
     for path in weights:
@@ -76,7 +84,7 @@ def load_checkpoint(directory: Path, dtype: str, device: torch.device) -> Checkp
 
     Raises:
         CalibrationError: the folder holds no such model, Transformers is missing or cannot load
-            it, or it is an encoder with a decoder.
+            it, or it is an encoder with a decoder that does not read text.
     """
     sha256 = fingerprint(directory)
     if find_spec("transformers") is None:
@@ -103,15 +111,28 @@ def load_checkpoint(directory: Path, dtype: str, device: torch.device) -> Checkp
             f"Transformers must be able to load {directory} without running its code, found: "
             f"{reason}"
         ) from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise CalibrationError(
-            f"a model with one stack of layers is needed, found an encoder with a decoder in "
-            f"{directory}; run it yourself inside fp8dispatch.Calibrator"
-        )
     text_config = config.get_text_config()
     longest = int(getattr(text_config, "max_position_embeddings", 0) or 0) or 1 << 20
+    start = _decoder_start(directory, model, config)
     model = model.to(device).eval().requires_grad_(False)
-    return Checkpoint(directory.resolve().name, sha256, model, tokenizer, longest)
+    return Checkpoint(directory.resolve().name, sha256, model, tokenizer, longest, start)
+
+
+def _decoder_start(directory: Path, model: Any, config: Any) -> int | None:
+    """The decoder's first token, of an encoder with a decoder."""
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    reads = getattr(model, "main_input_name", "input_ids")
+    owners = (config, getattr(model, "generation_config", None))
+    found = (getattr(owner, "decoder_start_token_id", None) for owner in owners)
+    start = next((token for token in found if isinstance(token, int)), None)
+    if reads != "input_ids" or start is None:
+        what = f"{reads}" if reads != "input_ids" else "no decoder_start_token_id"
+        raise CalibrationError(
+            f"an encoder with a decoder needs to read text and to say how its decoder begins, "
+            f"found {what} in {directory}; run it yourself inside fp8dispatch.Calibrator"
+        )
+    return start
 
 
 def _model_class(transformers: Any, config: Any) -> Any:

@@ -17,7 +17,8 @@ class KVObserver:
     Keys are seen as they lie in the cache, after the rotary embedding: what an FP8 cache holds.
 
     Args:
-        model: gives the layers' names: those of the attention modules with a ``layer_idx``.
+        model: gives the layers' names: those of the attention modules with a ``layer_idx``. Of an
+            encoder with a decoder the decoder's count, as it alone has a cache.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,7 +50,10 @@ class KVObserver:
 
 def _attention_names(model: nn.Module) -> dict[int, str]:
     names: dict[int, str] = {}
+    two = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     for name, module in model.named_modules():
+        if two and "decoder" not in name.split("."):
+            continue
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and "attn" in name.lower().replace("attention", "attn"):
             names.setdefault(index, name)

@@ -8,7 +8,7 @@ instead of weights: where a number comes out, that is the layer's name in the fi
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -33,26 +33,64 @@ def names_in_files(model: Any, attention: Iterable[str] = ()) -> dict[str, str]:
     Returns:
         Name in the model -> name in the files, of those that differ.
     """
-    if find_spec("transformers.core_model_loading") is None:
-        return {}  # before version 5 nothing was renamed
-    from transformers.core_model_loading import revert_weight_conversion
-
     labels: list[str] = []
-
-    def label(name: str) -> int:
-        labels.append(name)
-        return len(labels) - 1
-
     state = {
-        f"{name}{_WEIGHT}": torch.tensor([[label(name)]])
+        f"{name}{_WEIGHT}": _label(labels, [name])
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }
     for name in attention:
-        state[f"{name}{_CACHE}"] = torch.tensor([[label(name)]])
+        state[f"{name}{_CACHE}"] = _label(labels, [name])
     for stacked in stacked_weights(model):
-        rows = [list(map(label, stacked.names(index))) for index in range(len(stacked.weight))]
-        state[f"{stacked.layer}.{stacked.parameter}"] = torch.tensor(rows)[:, :, None]
+        rows = [_label(labels, stacked.names(index)) for index in range(len(stacked.weight))]
+        state[f"{stacked.layer}.{stacked.parameter}"] = torch.stack(rows)
+    found = {}
+    for key, label in _reverted(model, state).items():
+        name = key.removesuffix(_CACHE if key.endswith(_CACHE) else _WEIGHT)
+        if name != key and labels[label] != name:
+            found[labels[label]] = name
+    return found
+
+
+def tensors_in_files(model: Any) -> dict[str, str]:
+    """Names of tensors that files call otherwise; those of experts that are stacked, one by one.
+
+    Args:
+        model: a model of Transformers; of any other, and before version 5, nothing is known.
+
+    Returns:
+        Name in the model (of an expert ``"mlp.experts.3.up_proj.weight"``) -> name in the files.
+    """
+    labels: list[str] = []
+    stacked = {f"{one.layer}.{one.parameter}": one for one in stacked_weights(model)}
+    state = {}
+    for name in model.state_dict(keep_vars=True):
+        if name in stacked:
+            experts = [
+                [f"{part}{_WEIGHT}" for part in stacked[name].names(index)]
+                for index in range(len(stacked[name].weight))
+            ]
+            state[name] = torch.stack([_label(labels, parts) for parts in experts])
+        else:
+            state[name] = _label(labels, [name])
+    return {
+        labels[label]: key for key, label in _reverted(model, state).items() if labels[label] != key
+    }
+
+
+def _label(labels: list[str], names: Sequence[str]) -> torch.Tensor:
+    """Numbers [names, 1] that stand for the names, which are put into `labels`."""
+    labels.extend(names)
+    return torch.arange(len(labels) - len(names), len(labels))[:, None]
+
+
+def _reverted(model: Any, state: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Name in the files -> the one number that lies there. Several numbers: the files hold these
+    layers in one tensor, which has no name for each."""
+    if not hasattr(model, "config") or find_spec("transformers.core_model_loading") is None:
+        return {}  # before version 5 nothing was renamed
+    from transformers.core_model_loading import revert_weight_conversion
+
     try:
         reverted = revert_weight_conversion(model, state)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -64,13 +102,7 @@ def names_in_files(model: Any, attention: Iterable[str] = ()) -> dict[str, str]:
             error,
         )
         return {}
-    found = {}
-    for key, numbers in reverted.items():
-        name = key.removesuffix(_CACHE if key.endswith(_CACHE) else _WEIGHT)
-        # Several numbers: the files hold these layers in one tensor, which has no name for each.
-        if name != key and numbers.numel() == 1 and labels[int(numbers)] != name:
-            found[labels[int(numbers)]] = name
-    return found
+    return {key: int(numbers) for key, numbers in reverted.items() if numbers.numel() == 1}
 
 
 def renamed(stats: CalibrationStats, names: Mapping[str, str]) -> CalibrationStats:

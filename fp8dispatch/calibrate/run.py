@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from fp8dispatch.calibrate.checkpoint import Checkpoint, fingerprint, load_checkpoint
 from fp8dispatch.calibrate.methods import DEFAULT_PERCENTILE, Method
@@ -122,7 +121,7 @@ def run_plan(
     stats.save(plan.output)
     names = names_in_files(checkpoint.model)
     in_memory = renamed(stats, {there: here for here, there in names.items()})
-    errors = output_errors(checkpoint.model, in_memory, lambda: _forward(checkpoint.model, ids[:1]))
+    errors = output_errors(checkpoint.model, in_memory, lambda: _forward(checkpoint, ids[:1]))
     return Result(stats, len(ids), {names.get(name, name): ways for name, ways in errors.items()})
 
 
@@ -176,7 +175,7 @@ def _observe(
     with calibrator:
         for batch in _batches(ids[first:], plan.batch_size):
             calibrator.count_samples(len(batch), sum(map(len, batch)))
-            _forward(checkpoint.model, batch)
+            _forward(checkpoint, batch)
             at += len(batch)
             if at - saved >= _SAVE_EVERY and at < len(ids):
                 stats = so_far(at, complete=False)
@@ -191,13 +190,25 @@ def _batches(ids: list[list[int]], size: int) -> Iterator[list[list[int]]]:
         yield ids[start : start + size]
 
 
-def _forward(model: nn.Module, batch: list[list[int]]) -> None:
-    """One call, padded on the right; padding never reaches the tokens before it."""
-    device = next(model.parameters()).device
+def _forward(checkpoint: Checkpoint, batch: list[list[int]]) -> None:
+    """One call, padded on the right; padding never reaches the tokens before it.
+
+    The decoder of an encoder with a decoder is given the same text, one token later, as in
+    training: so both have the same tokens and the same padding.
+    """
+    device = next(checkpoint.model.parameters()).device
     longest = max(map(len, batch))
     if longest == 0:
         return  # samples of characters that the tokenizer drops
-    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in batch], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch])
+    inputs = {"input_ids": _padded(batch, longest), "attention_mask": mask}
+    if checkpoint.decoder_start is not None:
+        later = [[checkpoint.decoder_start, *row[:-1]] for row in batch]
+        inputs["decoder_input_ids"] = _padded(later, longest)
+        inputs["decoder_attention_mask"] = mask
     with torch.no_grad():
-        model(input_ids=tokens, attention_mask=mask.to(device))
+        checkpoint.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+
+
+def _padded(rows: list[list[int]], length: int) -> torch.Tensor:
+    return torch.tensor([(row + [0] * length)[:length] for row in rows])

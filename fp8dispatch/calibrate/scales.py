@@ -14,7 +14,7 @@ from fp8dispatch.checks import check_choice
 from fp8dispatch.errors import CalibrationError
 from fp8dispatch.formats import FLOAT8_DTYPES, max_value
 from fp8dispatch.quantization.eager import scale_of
-from fp8dispatch.quantization.kv_cache import KVScales
+from fp8dispatch.quantization.kv_cache import KV_DTYPES, KVScales, kv_scale_of
 
 _log = logging.getLogger("fp8dispatch")
 
@@ -112,7 +112,7 @@ def kv_cache_scales(
     Args:
         stats: statistics that were collected with the KV cache.
         per_head: one scale for each head instead of one for the layer.
-        dtype: the FP8 dtype of the cache.
+        dtype: of the cache: an FP8 dtype, or int8.
 
     Returns:
         Scales by the attention modules' names; checkpoints store those of a layer as
@@ -121,7 +121,7 @@ def kv_cache_scales(
     Raises:
         CalibrationError: the statistics have no KV cache.
     """
-    check_choice("dtype", dtype, FLOAT8_DTYPES)
+    check_choice("dtype", dtype, KV_DTYPES)
     if not stats.kv_cache:
         raise CalibrationError(
             "the statistics must include the KV cache, found none; calibrate a decoder without "
@@ -129,7 +129,7 @@ def kv_cache_scales(
         )
 
     def scale(amax: list[float]) -> torch.Tensor:
-        return scale_of(torch.tensor(amax if per_head else [max(amax)]), dtype)
+        return kv_scale_of(torch.tensor(amax if per_head else [max(amax)]), dtype)
 
     return {
         name: KVScales(scale(record.key_amax), scale(record.value_amax))

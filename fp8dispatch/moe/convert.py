@@ -103,6 +103,18 @@ def convert_experts(
     )
 
 
+def activation_of(module: nn.Module) -> ExpertActivation:
+    """What experts for which `why_left_alone` gives None compute between their matmuls.
+
+    Raises:
+        InvalidInputError: it is no activation of `FP8Experts`.
+    """
+    found = _activation(module)
+    if found is None:
+        raise InvalidInputError(f"{type(module).__name__} cannot be converted; ask why_left_alone")
+    return found[0]
+
+
 def _tensors(module: nn.Module) -> tuple[str, ...]:
     names = ("gate_up_proj" if module.has_gate else "up_proj", DOWN)
     return (*names, *(f"{name}{BIAS}" for name in names if module.has_bias))

@@ -10,15 +10,17 @@ numbers. float8 tensors are therefore refused here, and `fp8dispatch.quantize` m
 Its scale is the reciprocal of ours: it multiplies when quantising (``448 / amax``) and divides when
 restoring. The convention stays inside this package.
 
-The errors have a second name here, the one that the codec's origin gives them.
+The errors have the names and attributes of the codec's origin; `fp8dispatch.offset8.errors` draws
+them. Three rules of the origin are wider here. Tensors may lie on any device that they share, and
+may be strided: the origin refuses what is not contiguous CUDA memory, because its kernels read
+addresses, while torch's operators read any layout, as everywhere in this library. And
+`quantize_fp8_with_overflow_handling`, which the origin keeps in a module of its kernels, is
+importable from here beside the function that it extends.
 """
 
 from __future__ import annotations
 
-from fp8dispatch.errors import DeviceError, NumericalOverflowError
-from fp8dispatch.errors import DTypeError as UnsupportedDtypeError
-from fp8dispatch.errors import FP8DispatchError as TritonKernelError
-from fp8dispatch.errors import ShapeError as ShapeMismatchError
+from fp8dispatch.errors import NumericalOverflowError
 from fp8dispatch.offset8.codec import (
     ZERO_CODE,
     dequantize_fp8,
@@ -26,6 +28,12 @@ from fp8dispatch.offset8.codec import (
     quantize_fp8_with_overflow_handling,
 )
 from fp8dispatch.offset8.compare import BaselineComparison, compare_to_baseline
+from fp8dispatch.offset8.errors import (
+    DeviceError,
+    ShapeMismatchError,
+    TritonKernelError,
+    UnsupportedDtypeError,
+)
 from fp8dispatch.offset8.format import FP8_MAX, FP8Format
 from fp8dispatch.offset8.gemm import fp8_gemm
 from fp8dispatch.offset8.linear import FP8Linear

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fp8dispatch.checks import check_dense
-from fp8dispatch.errors import ShapeError
+from fp8dispatch.offset8.errors import ShapeMismatchError
 
 if TYPE_CHECKING:
     import torch
@@ -39,9 +39,12 @@ def compare_to_baseline(result: torch.Tensor, baseline: torch.Tensor) -> Baselin
     check_dense("result", result)
     check_dense("baseline", baseline)
     if result.shape != baseline.shape or result.numel() == 0:
-        raise ShapeError(
+        raise ShapeMismatchError(
             f"result and baseline must have one shape with elements, found {list(result.shape)} "
-            f"and {list(baseline.shape)}"
+            f"and {list(baseline.shape)}",
+            expected=tuple(baseline.shape),
+            actual=tuple(result.shape),
+            tensor_name="result",
         )
     truth = baseline.detach().double()
     error = (result.detach().double() - truth).abs()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fp8dispatch.errors import ShapeError
 from fp8dispatch.offset8.checks import check_finite, check_floats
+from fp8dispatch.offset8.errors import ShapeMismatchError
 
 FP8_MAX = 448.0
 
@@ -74,8 +74,11 @@ class FP8Format:
         """
         check_floats("tensor", tensor)
         if not -tensor.dim() <= dim < tensor.dim() or tensor.numel() == 0:
-            raise ShapeError(
-                f"tensor must have elements and a dimension {dim}, found {list(tensor.shape)}"
+            raise ShapeMismatchError(
+                f"tensor must have elements and a dimension {dim}, found {list(tensor.shape)}",
+                expected=None,
+                actual=tuple(tensor.shape),
+                tensor_name="tensor",
             )
         amax = tensor.detach().abs().amax(dim, keepdim=True).float()
         check_finite(amax)

@@ -5,10 +5,16 @@ from __future__ import annotations
 import torch
 
 from fp8dispatch.checks import check_dense
-from fp8dispatch.errors import DeviceError, InvalidInputError, ShapeError
+from fp8dispatch.errors import InvalidInputError
 from fp8dispatch.formats import ACTIVATION_DTYPES
-from fp8dispatch.offset8.checks import check_codes, check_output_dtype, check_scale
+from fp8dispatch.offset8.checks import (
+    check_codes,
+    check_output_dtype,
+    check_same_device,
+    check_scale,
+)
 from fp8dispatch.offset8.codec import STEPS, ZERO_CODE, quantize_fp8
+from fp8dispatch.offset8.errors import ShapeMismatchError
 from fp8dispatch.offset8.format import FP8_MAX
 
 
@@ -39,14 +45,21 @@ def fp8_gemm(
     for name, operand in (("a", a), ("b", b)):
         check_dense(name, operand)
         if operand.dim() != 2:
-            raise ShapeError(f"{name} must be a matrix, found shape {list(operand.shape)}")
+            raise ShapeMismatchError(
+                f"{name} must be a matrix, found shape {list(operand.shape)}",
+                expected=None,
+                actual=tuple(operand.shape),
+                tensor_name=name,
+            )
     if a.shape[1] != b.shape[0]:
-        raise ShapeError(
+        raise ShapeMismatchError(
             f"a [M, K] and b [K, N] must share K, found {list(a.shape)} and {list(b.shape)}; b is "
-            f"[K, N], so pass a weight [N, K] as weight.t()"
+            f"[K, N], so pass a weight [N, K] as weight.t()",
+            expected=(a.shape[1], b.shape[1]),
+            actual=tuple(b.shape),
+            tensor_name="b",
         )
-    if a.device != b.device:
-        raise DeviceError(f"b must be on the device of a, {a.device}, found {b.device}; move it")
+    check_same_device("b", b, a.device)
     check_output_dtype(output_dtype)
     a_codes, a_scale = _operand("a", a, a_scale)
     b_codes, b_scale = _operand("b", b, b_scale)

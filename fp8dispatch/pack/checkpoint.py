@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from fp8dispatch import gguf
 from fp8dispatch.errors import CheckpointError
 from fp8dispatch.pack.header import DTYPES, Header, TensorSpec, read_header
 from fp8dispatch.pack.jsonfiles import read_model, read_object
@@ -27,7 +28,7 @@ WEIGHTS = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 INDEX = f"model{INDEX_SUFFIX}"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_OTHER_WEIGHTS = (*PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
+_OTHER_WEIGHTS = (*PICKLES, ".h5", ".msgpack", ".onnx", gguf.SUFFIX, ".ot")
 _MAX_CONFIG_BYTES = 8 << 20
 _CONVERT = (
     "load it with torch.load(path, weights_only=True) and write it with safetensors.torch.save_file"
@@ -94,7 +95,7 @@ class Checkpoint:
                 f"check the path"
             )
         if given.is_file():
-            _refuse_pickle(given)
+            _refuse_other_forms(given)
             return cls(
                 given.parent,
                 {given.name: read_header(given)},
@@ -269,7 +270,7 @@ def files_of(folder: Path, index: str) -> dict[str, str]:
                 f"{folder / index}: tensor {tensor[:200]!r} must be in a file beside the index, "
                 f"found {file[:200]!r}; correct the index"
             )
-        _refuse_pickle(folder / file)
+        _refuse_other_forms(folder / file)
         if not file.endswith(".safetensors"):
             raise CheckpointError(
                 f"{folder / index}: tensor {tensor[:200]!r} must be in a .safetensors file, found "
@@ -311,15 +312,21 @@ def _files(folder: Path) -> tuple[str | None, set[str]]:
     if len(files) == 1:
         return None, {files[0]}
     pickles = [name for name in names if name.endswith(PICKLES) and name != "training_args.bin"]
-    if not files and pickles:
-        _refuse_pickle(folder / pickles[0])
+    others = [*pickles, *(name for name in names if name.endswith(gguf.SUFFIX))]
+    if not files and others:
+        _refuse_other_forms(folder / others[0])
     raise CheckpointError(
         f"{folder}: a checkpoint needs {INDEX}, {WEIGHTS} or a single .safetensors file, found "
         f"{len(files)} of them and {len(indexes)} indexes; name one file"
     )
 
 
-def _refuse_pickle(path: Path) -> None:
+def _refuse_other_forms(path: Path) -> None:
+    if path.name.endswith(gguf.SUFFIX):
+        raise CheckpointError(
+            f"{path}: weights must be in safetensors files, found GGUF, which holds blocks that "
+            f"are quantised already; {gguf.remedy(path.name)}"
+        )
     if path.name.endswith(PICKLES):
         raise CheckpointError(
             f"{path}: weights must be in safetensors files, found a pickle, which can run code "

@@ -13,7 +13,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from fp8dispatch.formats import max_value
-from fp8dispatch.pack.strips import QuantizedBand, Tiling
+from fp8dispatch.pack.decoding import decode_into
+from fp8dispatch.pack.strips import QuantizedBand
+from fp8dispatch.pack.tiling import Tiling
 from fp8dispatch.recipe import ceil_div
 
 SUSPICIOUS_SQNR = 28.0
@@ -21,6 +23,8 @@ SUSPICIOUS_SQNR = 28.0
 SAMPLE = 1 << 17
 """Values of a tensor that its percentile is taken from, evenly spaced."""
 _CLIP_TOLERANCE = 1 + 1e-6  # the quotient of an amax and its rounded scale
+_SAFE_EXPONENT = 40  # of an amax: sums of squares, and squares of errors, stay within fp32
+_PIECE, _SHORTEST_PIECE = 1024, 256  # values between which codes of 0 are looked for together
 
 
 class TensorFigures(BaseModel):
@@ -123,6 +127,10 @@ class Sums:
 class BandMeter:
     """Measures the quantised bands of one weight, in memory that is used again.
 
+    The error is formed in one pass over the decoded codes, and every sum is a dot product or a
+    minimum: those run at the speed of memory, where counting and comparing are several times
+    slower.
+
     Args:
         tiling: of the whole weight.
         dtype: FP8 dtype of the weight, by its torch name: E4M3 or its FNUZ form.
@@ -131,24 +139,23 @@ class BandMeter:
     def __init__(self, tiling: Tiling, dtype: str) -> None:
         self._tiling, self._limit = tiling, max_value(getattr(torch, dtype))
         shape = (tiling.band, tiling.k)
-        self._wide = torch.empty(shape, dtype=torch.float32)
-        self._restored = torch.empty(shape, dtype=torch.float32)
+        self._error = torch.empty(shape, dtype=torch.float32)
         self._half = torch.empty(shape, dtype=torch.int16)
+        self._magnitudes = torch.empty(shape, dtype=torch.int8)
         self._every = max(1, tiling.n * tiling.k // SAMPLE)
+        pieces = math.gcd(tiling.k, _PIECE)
+        self._piece = pieces if pieces >= _SHORTEST_PIECE else tiling.k
 
-    def measure(self, values: torch.Tensor, band: QuantizedBand, first_row: int) -> Sums:
+    def measure(self, band: QuantizedBand, first_row: int) -> Sums:
         """Compare a band with what it was made of.
 
         Args:
-            values: [rows, K] as given to `BandQuantizer.quantize`.
-            band: what that returned.
+            band: of a `BandQuantizer` that keeps the values, which may be overwritten here.
             first_row: of the band in the weight; it decides which values are sampled.
         """
-        rows = values.shape[0]
+        wide = band.values
+        assert wide is not None  # the quantiser was told to keep them
         peak = float(band.amax.max())
-        # A power of two keeps the squares of any bf16 within fp32, and changes no digit.
-        power = 0 if peak == 0 else min(126, max(-126, -math.frexp(peak)[1]))
-        wide = self._wide[:rows].copy_(values)
         sums = Sums(
             values=wide.numel(),
             amax=peak,
@@ -156,37 +163,57 @@ class BandMeter:
             scale_max=float(band.multipliers.max()),
             zero_blocks=self._zero_blocks(band, first_row),
             clipped=self._clipped(wide, band),
+            flushed=self._flushed(wide, band),
             sample=[self._sample(wide, first_row)],
         )
-        restored = self._restore(band, rows)
-        sums.flushed = int(torch.count_nonzero(wide) - torch.count_nonzero(restored))
+        # A power of two brings the squares within fp32 and changes no digit.
+        exponent = math.frexp(peak)[1]
+        power = 0 if abs(exponent) <= _SAFE_EXPONENT else min(126, max(-126, -exponent))
         if power:
             wide.mul_(2.0**power)
-            restored.mul_(2.0**power)
         up = 2.0**-power
-        one, other = wide.view(-1), restored.view(-1)
-        sums.signal = float(one.dot(one)) * up * up
-        sums.restored = float(other.dot(other)) * up * up
-        sums.product = float(one.dot(other)) * up * up
-        error = other.sub_(one)
-        sums.noise = float(error.dot(error)) * up * up
+        truth, error = wide.view(-1), self._subtract_restored(wide, band, power).view(-1)
+        signal, noise = float(truth.dot(truth)), float(error.dot(error))
+        if noise > 0.1 * signal:  # a spoilt weight: the differences below would cancel
+            restored = truth - error
+            sums.restored, sums.product = float(restored.dot(restored)), float(restored.dot(truth))
+        else:
+            common = float(truth.dot(error))
+            sums.restored, sums.product = signal - 2 * common + noise, signal - common
+        sums.signal, sums.noise = signal * up * up, noise * up * up
+        sums.restored, sums.product = sums.restored * up * up, sums.product * up * up
         sums.max_abs_error = max(float(error.amax()), -float(error.amin())) * up
         return sums
 
-    def _restore(self, band: QuantizedBand, rows: int) -> torch.Tensor:
-        """``data * scale`` in fp32."""
-        restored = self._restored[:rows]
-        factor = decode_into(band.data, self._half[:rows], restored)
+    def _subtract_restored(
+        self, wide: torch.Tensor, band: QuantizedBand, power: int
+    ) -> torch.Tensor:
+        """``values - data * scale`` in fp32, where `wide` holds the values times ``2**power``."""
+        rows = wide.shape[0]
+        error = self._error[:rows]
+        factor = decode_into(band.data, self._half[:rows], error) * 2.0**power
         columns = self._tiling.columns
         for left, right in self._tiling.column_ranges(rows):
-            tile = restored[:, left:right]
+            tile, truth = error[:, left:right], wide[:, left:right]
             if band.amax.numel() == 1:
-                tile.mul_(band.multipliers * factor)
+                torch.addcmul(truth, tile, band.multipliers * factor, value=-1, out=tile)
                 continue
             first, count = left // columns, ceil_div(right - left, columns)
             scales = band.multipliers[:, first : first + count, None] * factor
-            tile.view(rows, count, -1).mul_(scales)
-        return restored
+            blocks = tile.view(rows, count, -1)
+            torch.addcmul(truth.view(rows, count, -1), blocks, scales, value=-1, out=blocks)
+        return error
+
+    def _flushed(self, wide: torch.Tensor, band: QuantizedBand) -> int:
+        """Values that are not 0 whose code is. Counted where a code is 0 at all: in few pieces."""
+        magnitudes = self._magnitudes[: wide.shape[0]]
+        torch.bitwise_and(band.data.view(torch.int8), 0x7F, out=magnitudes)
+        pieces = magnitudes.view(-1, self._piece)
+        found = (pieces.amin(1) == 0).nonzero().flatten()
+        if not found.numel():
+            return 0
+        truth = wide.view(-1, self._piece)[found]
+        return int(torch.count_nonzero(truth) - torch.count_nonzero(pieces[found]))
 
     def _clipped(self, wide: torch.Tensor, band: QuantizedBand) -> int:
         """Values beyond the format's range; only scales that were rounded down can have any."""
@@ -209,24 +236,3 @@ class BandMeter:
     def _sample(self, wide: torch.Tensor, first_row: int) -> torch.Tensor:
         offset = -(first_row * self._tiling.k) % self._every
         return wide.view(-1)[offset :: self._every].abs()
-
-
-def decode_into(data: torch.Tensor, half: torch.Tensor, values: torch.Tensor) -> float:
-    """Decode E4M3 codes without NaN into fp32, several times faster than torch's cast.
-
-    The code's bits are those of a half: exponent and mantissa move up by seven, and only the bias
-    of the exponent differs (15 against 7, or 8 in FNUZ), which is a power of two.
-
-    Args:
-        data: float8_e4m3fn or float8_e4m3fnuz.
-        half: int16 of the same shape, overwritten.
-        values: fp32 of the same shape, filled.
-
-    Returns:
-        the factor that `values` are still to be multiplied with.
-    """
-    half.copy_(data.view(torch.int8))  # the sign is extended to the top bit
-    sign = half & -0x8000
-    half.bitwise_and_(0x7F).bitwise_left_shift_(7).bitwise_or_(sign)
-    values.copy_(half.view(torch.float16))
-    return 2.0**8 if data.dtype == torch.float8_e4m3fn else 2.0**7

@@ -1,4 +1,5 @@
-"""`load`: a packed checkpoint into a model whose linear layers are `FP8Linear`.
+"""`load`: a packed checkpoint into a model whose linear layers are `FP8Linear`, and whose experts
+are `FP8Experts` where the model keeps them stacked.
 
 Codes and scales go to the device as they are stored; no weight is ever restored to floats on the
 way. The model is built from ``config.json`` by Transformers (an optional extra), or given.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -17,8 +19,17 @@ from fp8dispatch import registry
 from fp8dispatch.errors import CheckpointError, DTypeError
 from fp8dispatch.modules import FP8Linear
 from fp8dispatch.pack.checkpoint import read_tensor
-from fp8dispatch.pack.layouts.contract import PackedModule, Role
-from fp8dispatch.pack.packed import PackedCheckpoint, nonfinite_codes
+from fp8dispatch.pack.layouts.contract import PackedModule
+from fp8dispatch.pack.load_experts import (
+    StoredExperts,
+    fp8_experts,
+    names_of,
+    plain_experts,
+    stored_experts,
+)
+from fp8dispatch.pack.packed import PackedCheckpoint
+from fp8dispatch.pack.policy import SUFFIX
+from fp8dispatch.pack.renaming import renaming
 from fp8dispatch.pack.scheme import Activations
 from fp8dispatch.policy import check_backend
 
@@ -35,9 +46,10 @@ def load(
     Args:
         path: a packed folder, in any format that `read_contents` knows.
         device: where the tensors go, each straight from its file.
-        model: the module to fill, which may be on the meta device; its linear layers are replaced
-            where the checkpoint is FP8, and everything else is assigned. None builds the model
-            that ``config.json`` names, with Transformers; no code from the checkpoint is run.
+        model: the module to fill, which may be on the meta device; its linear layers, and experts
+            in one parameter, are replaced where the checkpoint is FP8, and everything else is
+            assigned. None builds the model that ``config.json`` names, with Transformers; no code
+            from the checkpoint is run.
         backend: run this backend in every layer or raise; None chooses per call.
 
     Returns:
@@ -64,14 +76,23 @@ def load(
 
         model = build_model(packed.checkpoint)
     target = torch.device(device)
-    rename = _renaming(packed, model)
+    rename = renaming(packed, model)
     skippable = _patterns(model, "_keys_to_ignore_on_load_unexpected")
-    layers = {
-        rename(name): _fp8_layer(packed, module, rename(name), model, target, backend)
+    modules = {
+        rename(name): module
         for name, module in packed.contents.modules.items()
         if _submodule(model, rename(name)) is not None
         or not _matches(f"{rename(name)}.weight", skippable)
     }
+    experts = stored_experts(model, modules)
+    stacked = {one for layer, found in experts.items() for one in names_of(layer, found)}
+    layers: dict[str, nn.Module] = {
+        name: _fp8_layer(packed, module, name, model, target, backend)
+        for name, module in modules.items()
+        if name not in stacked
+    }
+    for layer, found in experts.items():
+        layers[layer] = fp8_experts(packed, layer, found, target, backend)
     own = {
         tensor
         for module in packed.contents.modules.values()
@@ -81,9 +102,9 @@ def load(
         own.update(tensor.name for tensor in packed.contents.kv.tensors)
     others = {rename(name): name for name in packed.checkpoint.tensors if name not in own}
     state = _state(packed, model, others, layers, target)  # the last that can fail
-    for name, layer in layers.items():
+    for name, layer_module in layers.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        setattr(model.get_submodule(parent), child, layer_module)
     model.load_state_dict(state, strict=False, assign=True)
     model.to(target)  # buffers that the model computed itself
     for parameter in model.parameters():
@@ -116,20 +137,10 @@ def _fp8_layer(
             f"{file}: {module.name}.weight needs a layer {wanted} at {name} in the model, found "
             f"{found}; pass the model that the checkpoint was made from"
         )
-    codes = packed.checkpoint.read(module.tensors[0].name)
-    bad = nonfinite_codes(codes)
-    if bad:
-        raise CheckpointError(
-            f"{file}: {module.tensors[0].name} must hold finite codes, found {bad} that mean NaN "
-            f"or infinity; pack the model again from its source"
-        )
-    packed.weight_scale(module)  # raises on values that are not finite
-    stored = next(tensor for tensor in module.tensors if tensor.role is Role.WEIGHT_SCALE)
-    shape = module.scheme.recipe.scale_shape(n, k)
     static = packed.activation_scale(module)
     return FP8Linear.from_tensors(
-        codes.to(device),
-        packed.checkpoint.read(stored.name).reshape(shape).to(device),
+        packed.all_codes(module).to(device),
+        packed.stored_scale(module).to(device),
         None if bias is None else read_tensor(bias).to(device),
         block_size=module.scheme.recipe.block_size,
         activation_scale=None if static is None else static.to(device),
@@ -144,42 +155,11 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-class _Renaming:
-    """Tensor names of the checkpoint as the model has them: a base model's prefix may be missing
-    on one side (``bert.encoder`` in the file, ``encoder`` in the model, or the reverse)."""
-
-    def __init__(self, drop: str = "", add: str = "", names: frozenset[str] = frozenset()) -> None:
-        self._drop, self._add, self._names = drop, add, names
-
-    def __call__(self, name: str) -> str:
-        if self._drop:
-            return name.removeprefix(self._drop)
-        if self._add and name not in self._names:
-            return self._add + name
-        return name
-
-
-def _renaming(packed: PackedCheckpoint, model: nn.Module) -> _Renaming:
-    wanted = frozenset(model.state_dict(keep_vars=True)) | {
-        name for name, _ in model.named_modules()
-    }
-    prefix = str(getattr(model, "base_model_prefix", "") or "")
-    modules = list(packed.contents.modules) or list(packed.checkpoint.tensors)
-    if not prefix or any(name in wanted for name in modules):
-        return _Renaming()
-    dot = f"{prefix}."
-    if any(name.startswith(dot) and name.removeprefix(dot) in wanted for name in modules):
-        return _Renaming(drop=dot)
-    if any(dot + name in wanted for name in modules):
-        return _Renaming(add=dot, names=wanted)
-    return _Renaming()
-
-
 def _state(
     packed: PackedCheckpoint,
     model: nn.Module,
     names: dict[str, str],
-    layers: dict[str, FP8Linear],
+    layers: dict[str, nn.Module],
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
     """Every tensor of the model that is not quantised, by its name there.
@@ -197,12 +177,16 @@ def _state(
         for name, tensor in model.state_dict(keep_vars=True).items()
         if name.rpartition(".")[0] not in layers
     }
+    plain = stored_experts(
+        model, {one.removesuffix(SUFFIX): at for one, at in names.items() if one.endswith(SUFFIX)}
+    )
+    stacked = {f"{one}{SUFFIX}" for layer, found in plain.items() for one in names_of(layer, found)}
     buffers = {name for name, _ in model.named_buffers()}
     skippable = _patterns(model, "_keys_to_ignore_on_load_unexpected")
     unexpected = [
         name
         for name in names
-        if name not in has and name not in buffers and not _matches(name, skippable)
+        if name not in has and name not in buffers | stacked and not _matches(name, skippable)
     ]
     if unexpected:
         raise CheckpointError(
@@ -211,10 +195,9 @@ def _state(
         )
     state: dict[str, torch.Tensor] = {}
     shared: dict[int, nn.Parameter] = {}  # what the model ties stays tied
-    for name, stored in names.items():
+    for name, stored, tensor in _values(packed, names, plain):
         if name not in has:
             continue  # a buffer that the model computes itself, or that it says to skip
-        tensor = packed.checkpoint.read(stored)
         if tensor.shape != has[name].shape:
             raise CheckpointError(
                 f"{folder}: {stored} must have shape {list(has[name].shape)} for the model, found "
@@ -238,6 +221,19 @@ def _state(
             f"{_some(missing)}; take the complete checkpoint"
         )
     return state
+
+
+def _values(
+    packed: PackedCheckpoint, names: Mapping[str, str], plain: Mapping[str, StoredExperts]
+) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """What is not quantised: its name in the model, that in the file, and its values."""
+    single = {f"{one}{SUFFIX}" for layer, found in plain.items() for one in names_of(layer, found)}
+    for name, stored in names.items():
+        if name not in single:
+            yield name, stored, packed.checkpoint.read(stored)
+    for layer, found in plain.items():
+        for name, tensor in plain_experts(packed, layer, found):
+            yield name, name, tensor
 
 
 def _patterns(model: nn.Module, attribute: str) -> list[str]:

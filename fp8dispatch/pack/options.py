@@ -12,7 +12,16 @@ from fp8dispatch.pack.kvcache import KV_CHOICES
 from fp8dispatch.pack.layouts.catalog import get_layout
 from fp8dispatch.pack.layouts.contract import Layout
 from fp8dispatch.pack.layouts.loadability import TARGETS
-from fp8dispatch.pack.scheme import FLOAT8_NAMES, SCHEMES, Scheme, parse_scheme
+from fp8dispatch.pack.scheme import (
+    AMAX,
+    FLOAT8_NAMES,
+    MSE,
+    SCALES,
+    SCHEMES,
+    Scheme,
+    parse_scheme,
+)
+from fp8dispatch.recipe import TENSOR
 
 
 class OnRagged(str, Enum):
@@ -86,6 +95,10 @@ class PackOptions:
         calibration: a JSON file of activation scales, for static activations.
         keep_master: also keep the source's weights, in the subfolder ``master``.
         kv_scales: ``"layer"`` or ``"head"``: also write the calibration's scales of the KV cache.
+        scales: ``"amax"``: the largest value of a block becomes the largest code; ``"mse"``: of
+            eight scales the one with the least squared error, for channels, groups and blocks
+            with fp32 scales.
+        keep_ends: so many layers at the beginning and at the end of the model stay as they are.
     """
 
     recipe: str | None = None
@@ -100,6 +113,8 @@ class PackOptions:
     calibration: Path | None = None
     keep_master: bool = False
     kv_scales: str | None = None
+    scales: str = AMAX
+    keep_ends: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,6 +158,11 @@ def resolve(asked: PackOptions) -> Resolved:
     if asked.layout is None and dtype != "float8_e4m3fn":
         layout_name = "native"
     layout = get_layout(layout_name)
+    if asked.scales == MSE and (scheme.e8m0 or scheme.recipe == TENSOR):
+        raise InvalidInputError(
+            f"scales mse needs fp32 scales per channel, group or block to choose from, found "
+            f"{scheme}; leave it out, or use the recipe channel"
+        )
     targets = ("transformers", "vllm") if asked.target is None else (asked.target,)
     return Resolved(asked, scheme, recipe, layout, _on_ragged(asked, layout), targets)
 
@@ -171,6 +191,7 @@ def _check(asked: PackOptions) -> None:
         "dtype": (asked.dtype, FLOAT8_NAMES),
         "kv_scales": (asked.kv_scales, KV_CHOICES),
         "on_ragged": (asked.on_ragged, [one.value for one in OnRagged]),
+        "scales": (asked.scales, SCALES),
     }
     for what, (value, known) in choices.items():
         if value is not None and value not in known:
@@ -179,6 +200,8 @@ def _check(asked: PackOptions) -> None:
         get_layout(asked.layout)
     if asked.tp < 1:
         raise InvalidInputError(f"tp must be at least 1, found {asked.tp}")
+    if asked.keep_ends < 0:
+        raise InvalidInputError(f"keep_ends must be 0 or more, found {asked.keep_ends}")
     if asked.dtype is not None and "e5m2" in asked.dtype:
         raise InvalidInputError(
             f"weights are packed in float8_e4m3fn or float8_e4m3fnuz, found {asked.dtype}: E5M2 "

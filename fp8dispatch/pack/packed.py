@@ -107,6 +107,34 @@ class PackedCheckpoint:
                 )
             yield start, strip
 
+    def all_codes(self, module: PackedModule) -> torch.Tensor:
+        """FP8 codes of a module [N, K], all at once.
+
+        Raises:
+            CheckpointError: a code that means NaN or infinity.
+        """
+        tensor = self.checkpoint.tensor(module.tensors[0].name)
+        codes = self.checkpoint.read(tensor.name)
+        bad = nonfinite_codes(codes)
+        if bad:
+            raise CheckpointError(
+                f"{self.checkpoint.folder / tensor.file}: {tensor.name} must hold finite codes, "
+                f"found {bad} that mean NaN or infinity; pack the model again from its source"
+            )
+        return codes
+
+    def stored_scale(self, module: PackedModule) -> torch.Tensor:
+        """The weight scales of a module in the dtype of the file and the shape of its recipe.
+
+        Raises:
+            CheckpointError: scales that are NaN, infinite or negative.
+        """
+        self.weight_scale(module)  # raises on such values
+        stored = next(tensor for tensor in module.tensors if tensor.role is Role.WEIGHT_SCALE)
+        return self.checkpoint.read(stored.name).reshape(
+            module.scheme.recipe.scale_shape(*module.shape)
+        )
+
     def values(
         self, module: PackedModule, dtype: torch.dtype
     ) -> Iterator[tuple[int, torch.Tensor]]:

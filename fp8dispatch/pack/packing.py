@@ -1,8 +1,7 @@
 """`pack_checkpoint`: carry a plan out, strip by strip, on several threads.
 
-A unit of work is some megabytes of one weight's rows: read, quantised, measured and written by one
-thread. Torch's own threads are switched off meanwhile: the strips are small enough for one core's
-cache, and the interpreter's lock is released in every operation that counts.
+Torch's own threads are switched off meanwhile: the strips are small enough for one core's cache,
+and the interpreter's lock is released in every operation that counts.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -22,27 +21,22 @@ import fp8dispatch
 from fp8dispatch.errors import CheckpointError, InvalidInputError
 from fp8dispatch.pack.calibration import Calibration
 from fp8dispatch.pack.checkpoint import CONFIG
-from fp8dispatch.pack.figures import BandMeter, Sums, TensorFigures
+from fp8dispatch.pack.figures import TensorFigures
 from fp8dispatch.pack.jsonfiles import read_object, to_bytes
 from fp8dispatch.pack.layouts import codec
-from fp8dispatch.pack.layouts.contract import Role
 from fp8dispatch.pack.options import PackOptions
 from fp8dispatch.pack.output import OutputFolder, check_apart, source_fingerprint
 from fp8dispatch.pack.plan import plan_checkpoint
 from fp8dispatch.pack.planned import MASTER, Plan, Weight
+from fp8dispatch.pack.quantizing import finish, quantize_weights
 from fp8dispatch.pack.rawio import disk_errors, write_whole
 from fp8dispatch.pack.report import REPORT, Report, report_files
-from fp8dispatch.pack.strips import BandQuantizer, Tiling, amax_of
 from fp8dispatch.pack.summary import PackSummary, PlanSummary
-from fp8dispatch.pack.writer import ShardWriter
-from fp8dispatch.recipe import TENSOR
 
-UNIT_BYTES = 16 << 20
 MOST_WORKERS = 8
 """Threads that are taken unless more are asked for; a disk keeps up with fewer."""
 
 OnStep = Callable[[int, int, str], None]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -215,7 +209,7 @@ def _write_shards(
         with output.shard(shard, note) as writer:
             if shard.file.startswith(f"{MASTER}/"):
                 copies = [planned.checkpoint.tensor(spec.name) for spec in shard.specs]
-                _finish([pool.submit(writer.copy, tensor) for tensor in copies], step)
+                finish([pool.submit(writer.copy, tensor) for tensor in copies], step)
                 continue
             kept = [one.tensor for one in planned.kept if one.tensor.file == shard.file]
             copied: list[Future[Any]] = [pool.submit(writer.copy, tensor) for tensor in kept]
@@ -223,137 +217,10 @@ def _write_shards(
                 if scale.file == shard.file:
                     values = torch.tensor(scale.values, dtype=torch.float32)
                     writer.write(scale.stored.name, codec.encode(scale.stored, values))
-            figures = _quantize(by_file.get(shard.file, []), writer, pool, measured, copied, step)
+            weights = by_file.get(shard.file, [])
+            scales = planned.resolved.asked.scales
+            figures = quantize_weights(weights, writer, pool, scales, measured, copied, step)
             note["tensors"] = [one.model_dump(mode="json") for one in figures]
-
-
-def _quantize(
-    weights: list[Weight],
-    writer: ShardWriter,
-    pool: ThreadPoolExecutor,
-    measured: bool,
-    others: list[Future[Any]],
-    step: Callable[[int, int], None],
-) -> list[TensorFigures]:
-    """Quantise the weights of one file; their figures, in order."""
-    limits = _tensor_limits(weights, pool)
-    units: list[list[Future[Sums | None]]] = []
-    for weight in weights:
-        tiling = Tiling.of(weight.module.scheme, weight.module.shape)
-        amax = limits.get(weight.module.name)
-        units.append(
-            [
-                pool.submit(_quantize_unit, weight, tiling, writer, top, bottom, amax, measured)
-                for top, bottom in _unit_rows(weight, tiling)
-            ]
-        )
-    _finish([*others, *(future for futures in units for future in futures)], step)
-    figures = []
-    for weight, futures in zip(weights, units, strict=True):
-        total = Sums()
-        for future in futures:
-            sums = future.result()
-            if sums is not None:
-                total.merge(sums)
-        if measured:
-            module = weight.module
-            figures.append(total.figures(f"{module.name}.weight", module.shape, str(module.scheme)))
-    return figures
-
-
-def _tensor_limits(weights: list[Weight], pool: ThreadPoolExecutor) -> dict[str, torch.Tensor]:
-    """Largest magnitudes of the weights that have one scale: they are needed before the first row
-    is divided."""
-    parts = {
-        weight.module.name: [
-            pool.submit(_amax_unit, weight, top, bottom)
-            for top, bottom in _unit_rows(
-                weight, Tiling.of(weight.module.scheme, weight.module.shape)
-            )
-        ]
-        for weight in weights
-        if weight.module.scheme.recipe == TENSOR
-    }
-    _finish([future for futures in parts.values() for future in futures])
-    return {
-        # `max` propagates NaN, which is then refused with the weight's name.
-        name: torch.cat([future.result() for future in futures]).max().reshape(1)
-        for name, futures in parts.items()
-    }
-
-
-def _amax_unit(weight: Weight, top: int, bottom: int) -> torch.Tensor:
-    return amax_of(weight.source.read(top, bottom))
-
-
-def _unit_rows(weight: Weight, tiling: Tiling) -> Iterator[tuple[int, int]]:
-    """Row ranges of the units of a weight: whole bands; all rows where any read takes them all."""
-    row_bytes = weight.source.tensor.nbytes // max(1, tiling.n)
-    bands = max(1, UNIT_BYTES // max(1, row_bytes * tiling.band))
-    rows = tiling.n if weight.source.columns is not None else bands * tiling.band
-    for top in range(0, tiling.n, rows):
-        yield top, min(top + rows, tiling.n)
-
-
-def _quantize_unit(
-    weight: Weight,
-    tiling: Tiling,
-    writer: ShardWriter,
-    top: int,
-    bottom: int,
-    tensor_amax: torch.Tensor | None,
-    measured: bool,
-) -> Sums | None:
-    """Read, quantise, measure and write rows ``top`` to ``bottom`` of a weight."""
-    module = weight.module
-    where = f"{weight.origin.path}: tensor {weight.origin.name!r}"
-    quantizer = BandQuantizer(tiling, module.scheme, where)
-    meter = BandMeter(tiling, module.scheme.dtype) if measured else None
-    values = weight.source.read(top, bottom)
-    sums = Sums() if measured else None
-    scales = []
-    for start, stop in tiling.bands(top, bottom):
-        rows = values[start - top : stop - top]
-        band = quantizer.quantize(rows, tensor_amax)
-        writer.write(module.tensors[0].name, band.data, start * tiling.k)
-        if meter is not None and sums is not None:
-            sums.merge(meter.measure(rows, band, start))
-        if tensor_amax is None or start == 0:
-            scales.append(band.multipliers.reshape(-1))
-    if scales:
-        first = 0 if tensor_amax is not None else top // tiling.rows * tiling.scales_per_row
-        _write_scales(weight, writer, torch.cat(scales), first)
-    if top == 0 and weight.activation_scale is not None:
-        stored = module.tensor(Role.ACTIVATION_SCALE)
-        if stored is not None:
-            scale = torch.tensor([weight.activation_scale], dtype=torch.float32)
-            writer.write(stored.name, codec.encode(stored, scale))
-    return sums
-
-
-def _write_scales(
-    weight: Weight, writer: ShardWriter, multipliers: torch.Tensor, first: int
-) -> None:
-    """Write some of a weight's scales. On disk they lie in the recipe's order in every format."""
-    for stored in weight.module.tensors:
-        if stored.role in (Role.WEIGHT_SCALE, Role.WEIGHT_SCALE_RECIPROCAL):
-            part = replace(stored, shape=(multipliers.numel(),))
-            writer.write(stored.name, codec.encode(part, multipliers), first)
-
-
-def _finish(futures: list[Future[Any]], step: Callable[[int, int], None] | None = None) -> None:
-    """Wait for all; the first error ends the others and is raised."""
-    waiting = set(futures)
-    while waiting:
-        done, waiting = wait(waiting, timeout=None, return_when="FIRST_COMPLETED")
-        for future in done:
-            if future.exception() is not None:
-                for other in waiting:
-                    other.cancel()
-                wait(waiting)
-                future.result()
-        if step is not None:
-            step(len(futures) - len(waiting), len(futures))
 
 
 def _fingerprint(planned: Plan, measured: bool) -> str:
@@ -361,7 +228,11 @@ def _fingerprint(planned: Plan, measured: bool) -> str:
     digest = hashlib.sha256(source_fingerprint(planned.checkpoint).encode())
     resolved = planned.resolved
     seen: list[object] = [fp8dispatch.__version__, resolved.layout.name, measured]
-    seen += [resolved.asked.keep_master, sorted(kept.tensor.name for kept in planned.kept)]
+    seen += [
+        resolved.asked.scales,
+        resolved.asked.keep_master,
+        sorted(kept.tensor.name for kept in planned.kept),
+    ]
     seen.append(None if planned.kv is None else planned.kv.tensors)
     for name, weight in planned.weights.items():
         module = weight.module

@@ -57,7 +57,14 @@ def plan_checkpoint(
     if calibration is None and asked.calibration is not None:
         calibration = read_calibration(asked.calibration, resolved.scheme.dtype)
     problems = _source_problems(checkpoint)
-    policy = LayerPolicy(checkpoint.config, asked.skip, asked.only)
+    policy = LayerPolicy(
+        checkpoint.config, asked.skip, asked.only, asked.keep_ends, checkpoint.tensors
+    )
+    if asked.keep_ends and not policy.ends.stacks:
+        problems.append(
+            f"{checkpoint.folder}: --keep-ends needs numbered layers, found no tensor of one "
+            f"(layers.0, blocks.0, h.0); name the layers with --skip"
+        )
     weights, kept = _select(checkpoint, resolved, policy, problems)
     problems += [
         f"--skip and --only must name layers of the model, found {pattern!r}, which matches none; "

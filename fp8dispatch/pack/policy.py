@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from fp8dispatch.pack.architectures import (
     rules_for,
     vocabulary_size,
 )
+from fp8dispatch.pack.ends import EndLayers
 from fp8dispatch.pack.header import TensorSpec
 
 QUANTIZABLE = ("BF16", "F16", "F32")
@@ -40,6 +41,8 @@ class LayerPolicy:
         config: the model's configuration.
         skip: names or wildcards of modules that stay as they are.
         only: names or wildcards; where any are given, other modules stay as they are.
+        keep_ends: how many layers at each end of the model stay as they are.
+        names: of all tensors, to count the layers.
     """
 
     def __init__(
@@ -47,12 +50,16 @@ class LayerPolicy:
         config: Mapping[str, Any] | None,
         skip: Sequence[str] = (),
         only: Sequence[str] = (),
+        keep_ends: int = 0,
+        names: Iterable[str] = (),
     ) -> None:
         self.types = model_types(config)
         self._rules = list(rules_for(self.types))
         self._vocabulary = vocabulary_size(config)
         self._skip, self._only = tuple(skip), tuple(only)
         self._unused = {*self._skip, *self._only}
+        self._keep_ends = keep_ends
+        self.ends = EndLayers(names, config, keep_ends)
 
     @property
     def unused_patterns(self) -> list[str]:
@@ -94,6 +101,8 @@ class LayerPolicy:
             return f"--skip {skipped[0]}"
         if self._only and not limited:
             return "not among --only"
+        if self.ends.holds(module):
+            return f"--keep-ends {self._keep_ends}"
         return None
 
     def skips(self, module: str) -> str | None:

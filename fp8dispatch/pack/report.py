@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 import fp8dispatch
 from fp8dispatch.pack.figures import SUSPICIOUS_SQNR, TensorFigures
 from fp8dispatch.pack.planned import Plan
+from fp8dispatch.pack.scheme import AMAX, MSE
 
 REPORT = "fp8_report.json"
 WORST = 20
@@ -54,6 +55,7 @@ class Report(BaseModel):
         model_type: of the configuration.
         format: the on-disk format.
         recipe: the recipe's name.
+        scales: how they were found, ``"amax"`` or ``"mse"``.
         totals: all weights together.
         worst: names of the weights with the lowest SQNR, the worst first.
         tensors: every quantised weight, in the order of the files.
@@ -68,6 +70,7 @@ class Report(BaseModel):
     model_type: str | None
     format: str
     recipe: str
+    scales: str = AMAX
     totals: Totals
     worst: list[str]
     tensors: list[TensorFigures]
@@ -112,6 +115,7 @@ class Report(BaseModel):
             model_type=model_type if isinstance(model_type, str) else None,
             format=planned.resolved.layout.name,
             recipe=planned.resolved.recipe,
+            scales=planned.resolved.asked.scales,
             totals=totals,
             worst=[one.name for one in lossy[:WORST]],
             tensors=figures,
@@ -152,11 +156,13 @@ def markdown(report: Report) -> str:
     """The report as a page."""
     totals = report.totals
     before, after = totals.bytes_before, totals.bytes_after
+    searched = " Scales have the least squared error of eight." if report.scales == MSE else ""
     lines = [
         f"# FP8 report: {report.model_type or 'model'}, {report.recipe} in {report.format}",
         "",
         f"{totals.weights} weights ({totals.values:,} values) were quantised, {totals.kept} "
-        f"tensors kept. {before:,} bytes became {after:,} ({after / max(1, before):.1%}).",
+        f"tensors kept. {before:,} bytes became {after:,} ({after / max(1, before):.1%})."
+        f"{searched}",
         "",
         f"SQNR of all values: {_db(totals.sqnr_db)} dB; lowest of a weight: "
         f"{_db(totals.lowest_sqnr_db)} dB. Clipped values: {totals.clipped}. Scales over zeros "

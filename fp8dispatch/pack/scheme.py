@@ -17,6 +17,12 @@ SCALE_NAMES = ("float32", "bfloat16", "float16", "float8_e8m0fnu", "uint8")
 """Names of torch dtypes; a uint8 scale holds E8M0 exponents."""
 
 
+AMAX, MSE = "amax", "mse"
+SCALES = (AMAX, MSE)
+"""How a weight's scales are found: the largest value becomes the largest code, or the least squared
+error of some candidates. Both give a scale of the same meaning, so no format tells them apart."""
+
+
 class Activations(str, Enum):
     """How the input of a layer is quantised when the layer runs."""
 

@@ -1,73 +1,22 @@
 """Quantising a matrix tile by tile on the CPU: the bytes of `fp8dispatch.quantize`, without it all.
 
-A tile is a few rows (one row of blocks, where blocks have several rows) by at most `TILE_ELEMENTS`
-elements, so its float form stays in the processor's cache. The arithmetic is that of
+The float form of a tile stays in the processor's cache. The arithmetic is that of
 `quantization.eager`: IEEE division by the scale that is stored, a clamp, a cast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from fp8dispatch.errors import NumericalOverflowError
 from fp8dispatch.formats import decode_scale, max_value, round_scale
-from fp8dispatch.pack.scheme import Scheme
+from fp8dispatch.pack.scale_search import ScaleSearch
+from fp8dispatch.pack.scheme import AMAX, MSE, Scheme
+from fp8dispatch.pack.tiling import Tiling
 from fp8dispatch.quantization.eager import scale_of
-from fp8dispatch.quantization.weight import block_of
-from fp8dispatch.recipe import Granularity, ceil_div
-
-TILE_ELEMENTS = 1 << 20
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How a matrix [N, K] is cut, and how its scales lie.
-
-    Attributes:
-        n, k: the matrix.
-        rows, columns: what shares one scale, never more than n and k.
-        band: rows that are read, quantised and written together.
-    """
-
-    n: int
-    k: int
-    rows: int
-    columns: int
-    band: int
-
-    @classmethod
-    def of(cls, scheme: Scheme, shape: tuple[int, int]) -> Tiling:
-        """The tiling of a weight under a scheme."""
-        n, k = shape
-        rows, columns = block_of(scheme.recipe, n, k)
-        # A band is one row of blocks; rows that share no scale, or share one with all others, go
-        # together as far as a tile reaches.
-        blocks = scheme.recipe.granularity is Granularity.BLOCK and rows > 1
-        band = rows if blocks else max(1, min(n, TILE_ELEMENTS // k))
-        return cls(n, k, rows, columns, band)
-
-    @property
-    def scales_per_row(self) -> int:
-        """Scales along K."""
-        return ceil_div(self.k, self.columns)
-
-    def bands(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
-        """Row ranges of the bands between two rows; `start` is the first row of a band."""
-        end = self.n if stop is None else stop
-        for top in range(start, end, self.band):
-            yield top, min(top + self.band, end)
-
-    def column_ranges(self, rows: int) -> Iterator[tuple[int, int]]:
-        """Column ranges of a band's tiles: whole blocks, a ragged block on its own."""
-        whole = self.k - self.k % self.columns
-        width = max(1, TILE_ELEMENTS // max(1, rows * self.columns)) * self.columns
-        for left in range(0, whole, width):
-            yield left, min(left + width, whole)
-        if whole < self.k:
-            yield whole, self.k
+from fp8dispatch.recipe import ceil_div
 
 
 def amax_of(values: torch.Tensor) -> torch.Tensor:
@@ -84,12 +33,14 @@ class QuantizedBand:
         data: [rows, K] FP8.
         multipliers: fp32 scales, value = data * scale: [1, blocks] or [rows, blocks]; [1, 1] of
             the whole tensor.
-        amax: what they were computed from, of the same shape.
+        amax: what the largest magnitudes were, of the same shape.
+        values: [rows, K] fp32, what was quantised; None where it was not to be kept.
     """
 
     data: torch.Tensor
     multipliers: torch.Tensor
     amax: torch.Tensor
+    values: torch.Tensor | None = None
 
 
 class BandQuantizer:
@@ -99,18 +50,30 @@ class BandQuantizer:
         tiling: of the whole weight.
         scheme: how to quantise.
         where: the file and the tensor, for errors.
+        scales: one of `SCALES`; a search needs fp32 scales and more than one of them.
+        keep: whether bands carry their values, for a `BandMeter`.
     """
 
-    def __init__(self, tiling: Tiling, scheme: Scheme, where: str = "the tensor") -> None:
+    def __init__(
+        self,
+        tiling: Tiling,
+        scheme: Scheme,
+        where: str = "the tensor",
+        scales: str = AMAX,
+        keep: bool = False,
+    ) -> None:
         self.tiling, self.scheme, self.where = tiling, scheme, where
         self._dtype: torch.dtype = getattr(torch, scheme.dtype)
+        self._search = ScaleSearch(tiling, self._dtype) if scales == MSE else None
         self._wide = torch.empty((tiling.band, tiling.k), dtype=torch.float32)
+        self._quotient = torch.empty_like(self._wide) if keep else self._wide  # divided in place
+        self._keep = keep
         self._data = torch.empty((tiling.band, tiling.k), dtype=self._dtype)
 
     def quantize(
         self, values: torch.Tensor, tensor_amax: torch.Tensor | None = None
     ) -> QuantizedBand:
-        """Quantise one band; its data is overwritten by the next call.
+        """Quantise one band; its data and values are overwritten by the next call.
 
         Args:
             values: [rows, K] bf16, fp16 or fp32: a band of the tiling.
@@ -129,18 +92,21 @@ class BandQuantizer:
         else:
             amax = tensor_amax.reshape(1, 1)
         multipliers = multipliers_of(amax, self.scheme, self.where)
+        if self._search is not None:
+            multipliers = self._search.choose(wide, multipliers)
         limit = max_value(self._dtype)
         for left, right in ranges:
-            tile = wide[:, left:right]
+            tile, quotient = wide[:, left:right], self._quotient[:rows, left:right]
             if tensor_amax is None:
                 first, count = left // columns, ceil_div(right - left, columns)
-                blocks = tile.view(rows, count, -1)
-                blocks.div_(multipliers[:, first : first + count, None])
+                scale = multipliers[:, first : first + count, None]
+                blocks = quotient.view(rows, count, -1)
+                torch.div(tile.view(rows, count, -1), scale, out=blocks)
             else:
-                tile.div_(multipliers)
+                torch.div(tile, multipliers, out=quotient)
             # As `eager.cast`, in place: clamped first, since an overflowing cast differs by version
-            data[:, left:right].copy_(tile.clamp_(-limit, limit))
-        return QuantizedBand(data, multipliers, amax)
+            data[:, left:right].copy_(quotient.clamp_(-limit, limit))
+        return QuantizedBand(data, multipliers, amax, wide if self._keep else None)
 
 
 def _block_amax(tile: torch.Tensor, columns: int, per_row: bool) -> torch.Tensor:

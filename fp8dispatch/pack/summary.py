@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from fp8dispatch.pack.layouts.loadability import TARGETS
 from fp8dispatch.pack.planned import Plan
 from fp8dispatch.pack.report import Totals
+from fp8dispatch.pack.scheme import MSE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,6 +73,7 @@ class PlanSummary(BaseModel):
         format: the on-disk format.
         recipe: the recipe's name.
         dtype: FP8 dtype of the weights.
+        scales: how they are found, ``"amax"`` or ``"mse"``.
         on_ragged: what happens to weights that are no whole blocks.
         tp: ranks of tensor parallelism that were assumed.
         rows: every tensor.
@@ -89,6 +91,7 @@ class PlanSummary(BaseModel):
     format: str
     recipe: str
     dtype: str
+    scales: str
     on_ragged: str
     tp: int
     rows: list[Row]
@@ -109,6 +112,7 @@ class PlanSummary(BaseModel):
             format=resolved.layout.name,
             recipe=resolved.recipe,
             dtype=resolved.scheme.dtype,
+            scales=resolved.asked.scales,
             on_ragged=resolved.on_ragged.value,
             tp=resolved.asked.tp,
             rows=list(_rows(planned)),
@@ -180,9 +184,10 @@ def _loads(planned: Plan, target: str) -> Loads:
 
 def render(summary: PlanSummary, console: Console) -> None:
     """Print a plan: its table with equal layers in one line, where it loads, and what is wrong."""
+    searched = ", scales by the least squared error" if summary.scales == MSE else ""
     console.print(
         f"{summary.source}: {', '.join(summary.model_types) or 'no model type'}; {summary.recipe} "
-        f"({summary.dtype}) in {summary.format}"
+        f"({summary.dtype}) in {summary.format}{searched}"
     )
     for line in _table(summary):
         console.print(line)

@@ -1,8 +1,12 @@
-"""Keys and values of attention in FP8, with static scales per layer or per head.
+"""Keys and values of attention in FP8 or INT8, with static scales per layer or per head.
 
 ``value = data * scale``, as everywhere. The scales come from calibration
 (`fp8dispatch.calibrate.scales.kv_cache_scales`); keys are meant as they lie in the cache, that is
 after the rotary embedding.
+
+INT8 is symmetric: codes -127 to 127, rounded to nearest even, with ``scale = amax / 127``. Its
+steps are equal, so it is the more exact of the two where values are of similar size, and loses the
+small ones beside outliers. Code -128 means NaN, which INT8 does not have.
 """
 
 from __future__ import annotations
@@ -20,8 +24,13 @@ from fp8dispatch.errors import (
     ScaleValueError,
     ShapeError,
 )
-from fp8dispatch.formats import ACTIVATION_DTYPES, FLOAT8_DTYPES
-from fp8dispatch.quantization.eager import quantize_static
+from fp8dispatch.formats import ACTIVATION_DTYPES, AMAX_FLOOR, FLOAT8_DTYPES
+from fp8dispatch.quantization.eager import quantize_static, scale_of
+
+KV_DTYPES = (*FLOAT8_DTYPES, torch.int8)
+"""Dtypes that keys and values can be kept in."""
+INT8_LIMIT = 127
+INT8_NAN = -128
 
 
 @dataclass(frozen=True)
@@ -56,11 +65,11 @@ class KVScales:
 
 
 class KVCacheQuantizer:
-    """Keys and values of every layer into FP8 and back.
+    """Keys and values of every layer into FP8 or INT8 and back.
 
     Args:
         scales: of each layer, by its index or by the name of its attention module.
-        dtype: the FP8 dtype; E4M3 of either family.
+        dtype: an FP8 dtype, or int8; the one that the scales were made for.
 
     Raises:
         DTypeError, InvalidInputError: arguments that do not fit.
@@ -71,7 +80,7 @@ class KVCacheQuantizer:
         scales: Mapping[str, KVScales] | Sequence[KVScales],
         dtype: torch.dtype = torch.float8_e4m3fn,
     ) -> None:
-        check_choice("dtype", dtype, FLOAT8_DTYPES)
+        check_choice("dtype", dtype, KV_DTYPES)
         self.dtype = dtype
         self.scales: dict[str, KVScales] = (
             dict(scales)
@@ -89,7 +98,7 @@ class KVCacheQuantizer:
     def quantize(
         self, layer: int | str, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One layer's new keys and values as FP8; finite values saturate, others become NaN.
+        """One layer's new keys and values; finite values saturate, others become NaN.
 
         Args:
             layer: its index or name, as given at construction.
@@ -125,28 +134,33 @@ class KVCacheQuantizer:
 def quantize_kv(
     states: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn
 ) -> torch.Tensor:
-    """Keys or values [..., H, T, D] in FP8; finite values saturate, the others become NaN.
+    """Keys or values [..., H, T, D] in FP8 or INT8; finite values saturate, others become NaN.
 
     Args:
         states: bfloat16, float16 or float32.
         scale: positive fp32 multipliers on the same device: one element, or one per head [H].
-        dtype: an FP8 dtype.
+        dtype: an FP8 dtype, or int8.
 
     Raises:
         DTypeError, ShapeError, DeviceError: arguments that do not fit.
     """
     check_activations("states", states)
-    check_choice("dtype", dtype, FLOAT8_DTYPES)
-    return quantize_static(states.detach(), _per_head(scale, states), dtype)
+    check_choice("dtype", dtype, KV_DTYPES)
+    spread = _per_head(scale, states)
+    if dtype != torch.int8:
+        return quantize_static(states.detach(), spread, dtype)
+    wide = states.detach().float()
+    codes = (wide / spread).clamp(-INT8_LIMIT, INT8_LIMIT).round()
+    return torch.where(torch.isfinite(wide), codes, INT8_NAN).to(torch.int8)
 
 
 def dequantize_kv(
     data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
-    """FP8 keys or values [..., H, T, D] times their scale, rounded once to `dtype`.
+    """FP8 or INT8 keys or values [..., H, T, D] times their scale, rounded once to `dtype`.
 
     Args:
-        data: FP8.
+        data: what `quantize_kv` made.
         scale: what they were quantised with.
         dtype: bfloat16, float16 or float32.
 
@@ -154,9 +168,21 @@ def dequantize_kv(
         DTypeError, ShapeError, DeviceError: arguments that do not fit.
     """
     check_dense("data", data)
-    check_dtype("data", data, FLOAT8_DTYPES, "make it with quantize_kv")
+    check_dtype("data", data, KV_DTYPES, "make it with quantize_kv")
     check_choice("dtype", dtype, ACTIVATION_DTYPES)
-    return (data.float() * _per_head(scale, data)).to(dtype)
+    values = data.float() * _per_head(scale, data)
+    if data.dtype == torch.int8:
+        values = torch.where(data == INT8_NAN, torch.nan, values)
+    return values.to(dtype)
+
+
+def kv_scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """fp32 multipliers for fp32 maxima of keys or values: ``amax`` over the largest value of the
+    dtype, which is 127 for int8; 1 where the amax is 0."""
+    if dtype != torch.int8:
+        return scale_of(amax, dtype)
+    scale = amax.clamp(min=AMAX_FLOOR) / torch.full_like(amax, INT8_LIMIT)
+    return torch.where(amax == 0, torch.ones_like(scale), scale)
 
 
 def _per_head(scale: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

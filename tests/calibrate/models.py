@@ -81,6 +81,47 @@ def mixtral() -> Any:
     return transformers.MixtralForCausalLM(config).eval()
 
 
+def t5() -> Any:
+    """An encoder with a decoder; padding and the decoder's first token have the id 0."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(4)
+    config = transformers.T5Config(
+        d_model=HIDDEN,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=VOCABULARY,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+    )
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def whisper() -> Any:
+    """An encoder with a decoder that reads sound."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.WhisperConfig(
+        d_model=HIDDEN,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        vocab_size=VOCABULARY,
+        max_source_positions=16,
+        max_target_positions=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    return transformers.WhisperForConditionalGeneration(config).eval()
+
+
 def save_checkpoint(model: Any, directory: Path) -> Path:
     """A model and a tokenizer of single characters, as Transformers writes them."""
     transformers = pytest.importorskip("transformers")

@@ -172,6 +172,14 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "nothing there": (lambda f: f / "absent", "must be an existing folder or file"),
     "an empty folder": (lambda f: f, "needs model.safetensors.index.json, model.safetensors or"),
     "a pickle": (with_file("pytorch_model.bin", b"x"), "found a pickle, .*; load it with torch.lo"),
+    "a GGUF file": (
+        with_file("model.Q4_1.gguf", b"GGUF"),
+        "found GGUF, .* already; restore it with transformers' .*gguf_file='model.Q4_1.gguf'",
+    ),
+    "a GGUF file by name": (
+        lambda f: raw_file(f / "m.gguf", b"{}"),
+        "must be in safetensors files, found GGUF",
+    ),
     "a pickle by name": (
         lambda f: with_file("weights.pt", b"x")(f) / "weights.pt",
         "found a pickle, which can run code when it is loaded; load it with torch.load",
@@ -183,7 +191,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a Windows path": (lambda f: index(f, {"w": "..\\a.safetensors"}), "a file beside the index"),
     "a subfolder": (lambda f: index(f, {"w": "sub/a.safetensors"}), "a file beside the index"),
     "no name": (lambda f: index(f, {"w": ""}), "in a file beside the index, found ''"),
-    "another kind": (lambda f: index(f, {"w": "a.gguf"}), "in a .safetensors file, found 'a.gguf'"),
+    "another kind": (lambda f: index(f, {"w": "a.h5"}), "in a .safetensors file, found 'a.h5'"),
     "a missing file": (lambda f: index(f, {"w": "a.safetensors"}), "must exist, found: No such"),
     "an index of numbers": (lambda f: index(f, {"w": 3}), "weight_map.w must fit Index"),
     "an index of lists": (lambda f: index(f, []), "weight_map must fit Index"),

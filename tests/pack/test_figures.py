@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import fp8dispatch
-from fp8dispatch.pack.figures import BandMeter, Sums, TensorFigures, decode_into
+from fp8dispatch.pack.decoding import decode_into
+from fp8dispatch.pack.figures import BandMeter, Sums, TensorFigures
 from fp8dispatch.pack.scheme import SCHEMES, Scheme
-from fp8dispatch.pack.strips import BandQuantizer, Tiling, amax_of
+from fp8dispatch.pack.strips import BandQuantizer, amax_of
+from fp8dispatch.pack.tiling import Tiling
 from fp8dispatch.recipe import TENSOR
 
 
@@ -19,10 +21,11 @@ def measured(weight: torch.Tensor, scheme: Scheme) -> TensorFigures:
     shape = (weight.shape[0], weight.shape[1])
     tiling = Tiling.of(scheme, shape)
     amax = amax_of(weight) if scheme.recipe == TENSOR else None
-    quantizer, meter, sums = BandQuantizer(tiling, scheme), BandMeter(tiling, scheme.dtype), Sums()
+    quantizer = BandQuantizer(tiling, scheme, keep=True)
+    meter, sums = BandMeter(tiling, scheme.dtype), Sums()
     for top, bottom in tiling.bands():
         band = quantizer.quantize(weight[top:bottom], amax)
-        sums.merge(meter.measure(weight[top:bottom], band, top))
+        sums.merge(meter.measure(band, top))
     return sums.figures("w", shape, str(scheme))
 
 
@@ -76,6 +79,30 @@ def test_a_weight_without_loss_has_no_noise_and_zeros_have_no_cosine() -> None:
 
     assert (exact.sqnr_db, exact.relative_error, exact.cosine) == (None, 0, pytest.approx(1))
     assert (zeros.sqnr_db, zeros.cosine, zeros.saturation_ratio) == (None, None, None)
+
+
+@pytest.mark.parametrize("k", [500, 512, 4096])
+@pytest.mark.parametrize("share", [0.001, 0.4])
+def test_values_that_become_zero_are_counted_wherever_they_are(k: int, share: float) -> None:
+    weight = torch.randn(64, k)
+    weight[torch.rand(64, k) < share] = 0  # was zero before
+    tiny = torch.rand(64, k) < share
+    weight[tiny] *= 1e-7
+    scheme = SCHEMES["channel"]
+    data, _ = fp8dispatch.quantize(weight, scheme.recipe)
+
+    flushed = float(((weight != 0) & (data.float() == 0)).double().mean())
+
+    assert flushed > share / 2
+    assert measured(weight, scheme).flushed == flushed
+
+
+def test_a_weight_that_is_lost_whole_has_no_cosine() -> None:
+    """Scales have a floor: what lies far below it becomes zero."""
+    found = measured(torch.full((4, 64), -1e-18), SCHEMES["channel"])
+
+    assert (found.flushed, found.cosine, found.relative_error) == (1, None, 1)
+    assert found.sqnr_db == pytest.approx(0)
 
 
 def test_scales_that_were_rounded_down_clip_and_are_counted() -> None:

@@ -145,7 +145,7 @@ CASES: dict[str, Any] = {
         "ct", "channel", lambda c: group(c).update(targets=["layers.9.x"]), W, "config_groups"
     ),
     "a target that is no pattern": config_case(
-        "ct", "channel", lambda c: group(c).update(targets=["re:["]), "re:[", "regular expression"
+        "ct", "channel", lambda c: group(c).update(targets=["re:["]), "'['", "expression"
     ),
     "four bits": config_case(
         "ct", "channel", lambda c: group(c)["weights"].update(num_bits=4), W, "group_0", "8-bit"

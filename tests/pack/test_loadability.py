@@ -99,7 +99,7 @@ def test_everything_that_exists_loads_here() -> None:
         assert verdict("here", "native", scheme, (77, 99)) == (True, "")
     expert = f"{M}.experts.0.up_proj"
     loads, remark = verdict("here", "native", BLOCK, (77, 99), expert)
-    assert loads and "a linear layer for each expert" in remark
+    assert loads and "part of FP8Experts where the model stacks" in remark
 
 
 def reasons(

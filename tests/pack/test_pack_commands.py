@@ -127,7 +127,7 @@ def test_an_interrupt_can_be_resumed(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ctrl-C between the files; the second run goes on and says so."""
-    quantize, calls = packing._quantize, []
+    quantize, calls = packing.quantize_weights, []
 
     def interrupted(*arguments: object, **options: object) -> object:
         calls.append(1)
@@ -135,7 +135,7 @@ def test_an_interrupt_can_be_resumed(
             raise KeyboardInterrupt
         return quantize(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(packing, "_quantize", interrupted)
+    monkeypatch.setattr(packing, "quantize_weights", interrupted)
     assert main(["pack", source, str(tmp_path / "out")]) == 5
     assert "the same command goes on from here" in capsys.readouterr().err
     assert main(["pack", source, str(tmp_path / "out")]) == 0

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 import fp8dispatch
 from fp8dispatch.errors import NumericalOverflowError
 from fp8dispatch.formats import decode_scale
-from fp8dispatch.pack import strips
+from fp8dispatch.pack import tiling as tiling_module
 from fp8dispatch.pack.scheme import SCHEMES, Scheme
-from fp8dispatch.pack.strips import BandQuantizer, Tiling, amax_of
+from fp8dispatch.pack.strips import BandQuantizer, amax_of
+from fp8dispatch.pack.tiling import Tiling
 from fp8dispatch.recipe import TENSOR
 from tests.pack.folders import same_bytes
 
@@ -71,7 +72,7 @@ def test_any_weight_gives_the_bytes_of_quantize(data: st.DataObject) -> None:
 def test_tiles_narrower_than_a_row_change_nothing(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(strips, "TILE_ELEMENTS", 2000)
+    monkeypatch.setattr(tiling_module, "TILE_ELEMENTS", 2000)
 
     check(torch.randn(260, 1100).bfloat16(), SCHEMES[name])
 

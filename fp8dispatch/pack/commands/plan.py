@@ -30,7 +30,7 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
     from fp8dispatch.pack.layouts.catalog import ALIASES, LAYOUTS
     from fp8dispatch.pack.layouts.loadability import TARGETS
     from fp8dispatch.pack.options import PRESETS, OnRagged
-    from fp8dispatch.pack.scheme import SCHEMES
+    from fp8dispatch.pack.scheme import AMAX, SCALES, SCHEMES
 
     parser.add_argument("--recipe", choices=SCHEMES, help="how weights are quantised")
     parser.add_argument("--format", choices=[*LAYOUTS, *ALIASES], help="the on-disk format")
@@ -53,6 +53,13 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", action="append", default=[], metavar="PATTERN", help="quantise only these modules"
     )
     parser.add_argument(
+        "--keep-ends",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave the first and the last N layers as they are",
+    )
+    parser.add_argument(
         "--on-ragged",
         choices=[one.value for one in OnRagged],
         help="what to do with weights that are no whole blocks",
@@ -62,6 +69,13 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kv-scales", choices=KV_CHOICES, help="write the calibration's scales of the KV cache"
+    )
+    parser.add_argument(
+        "--scales",
+        choices=SCALES,
+        default=AMAX,
+        help="how scales are found: by the largest value (amax), or by the least squared error of "
+        "eight candidates (mse), which takes several times as long",
     )
     parser.add_argument(
         "--keep-master", action="store_true", help="keep the source's weights in OUT/master"
@@ -85,6 +99,8 @@ def options_of(arguments: argparse.Namespace) -> PackOptions:
         calibration=None if arguments.calibration is None else Path(arguments.calibration),
         keep_master=arguments.keep_master,
         kv_scales=arguments.kv_scales,
+        scales=arguments.scales,
+        keep_ends=arguments.keep_ends,
     )
 
 

@@ -8,12 +8,12 @@ forbids unknown keys), vLLM's CompressedTensorsW8A8Fp8.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import ClassVar
 
 from fp8dispatch.errors import CheckpointError, InvalidInputError
 from fp8dispatch.pack.layouts.contract import JSON, Contents, Layout, PackedModule, StoredTensor
+from fp8dispatch.pack.layouts.patterns import compile_pattern
 from fp8dispatch.pack.layouts.shapes import (
     linear_skips,
     read_scheme_as,
@@ -200,11 +200,11 @@ def _group_for(block: JSON, module: str) -> tuple[str, JSON]:
 
 def _matches(pattern: str, module: str) -> bool:
     try:
-        return re.match(pattern, module) is not None
-    except re.error as error:
+        return compile_pattern(pattern).matches(module)
+    except InvalidInputError as error:
         raise CheckpointError(
-            f"the target 're:{pattern[:80]}' in config_groups must be a regular expression, found: "
-            f"{error}; correct config.json"
+            f"a target 're:...' in config_groups must be an expression of the kind that is matched "
+            f"here: {error}; name the modules, or correct config.json"
         ) from error
 
 

@@ -113,7 +113,7 @@ def _transformers(layout: str, module: PackedModule) -> Iterator[str]:
 
 def _here_remark(name: str) -> str:
     if ".experts." in name:
-        return "needs a model with a linear layer for each expert: load(..., model=...)"
+        return "becomes part of FP8Experts where the model stacks its experts"
     return ""
 
 
