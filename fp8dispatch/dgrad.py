@@ -159,8 +159,10 @@ def transposed(weight: torch.Tensor) -> torch.Tensor:
         return view
 
     def build() -> torch.Tensor:
-        # As bytes: not every build of torch copies every FP8 dtype.
-        return view.detach().view(torch.uint8).contiguous().view(weight.dtype)
+        # As bytes: not every build of torch copies every FP8 dtype. A clone, since a view of one
+        # row counts as contiguous, and the cache must not hold the weight's own memory.
+        codes = view.detach().view(torch.uint8).clone(memory_format=torch.contiguous_format)
+        return codes.view(weight.dtype)
 
     return prepared(weight, "dgrad", build)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fp8dispatch import (
 from fp8dispatch.backends.contract import Weight
 from fp8dispatch.formats import ACTIVATION_DTYPES, FLOAT8_DTYPES, SCALE_DTYPES
 from fp8dispatch.problem import LinearProblem
-from fp8dispatch.recipe import ROW, Recipe
+from fp8dispatch.recipe import ROW, TENSOR, Recipe
 from tests import fp8_gradients, oracle
 from tests.fp8_gradients import BLOCK, K, N, every_recipe, gradient, layer
 from tests.oracle import name_of
@@ -214,6 +215,20 @@ def test_the_transposed_weight_is_made_once_and_goes_with_it(
     products.clear()
     gc.collect()
     assert len(prepare._entries) <= before
+
+
+@pytest.mark.parametrize("shape", [(1, K), (N, 1), (1, 1)], ids=str)
+def test_a_weight_of_one_row_or_column_is_not_kept_alive(
+    shape: tuple[int, int], device: str
+) -> None:
+    """Its transposed view is contiguous in a way, and must be copied all the same."""
+    weight, scale = oracle.make_weight(*shape, TENSOR, device=device)
+    x = torch.randn(3, shape[1], device=device, requires_grad=True)
+    gradient(x, torch.randn(3, shape[0]), weight, scale, TENSOR, backend="triton")
+    alive = weakref.ref(weight.untyped_storage())
+    del weight
+    gc.collect()
+    assert alive() is None
 
 
 def test_no_copy_where_none_is_needed(device: str, products: Products) -> None:

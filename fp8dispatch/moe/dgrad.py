@@ -132,7 +132,7 @@ def _scales(
     if recipe.granularity is Granularity.TENSOR:
         return None, scale
     rows = scale.view(experts, n)
-    largest = prepared(weight_scale, ("dgrad", "largest"), lambda: rows.amax(1, keepdim=True))
+    largest = prepared(weight_scale, ("dgrad", "most"), lambda: rows.amax(1, keepdim=True))
     share = prepared(
         weight_scale,
         ("dgrad", "share"),

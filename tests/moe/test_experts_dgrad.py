@@ -10,6 +10,7 @@ import torch
 
 from fp8dispatch import (
     BackendUnavailableError,
+    ConfigurationError,
     FP8Experts,
     explain_experts,
     policy,
@@ -113,12 +114,19 @@ def test_no_rows(way: str, device: str) -> None:
 
 def test_groups_are_refused_before_the_forward_pass_runs(device: str) -> None:
     call = make_call("batched", RECIPES["1x32"], 4, 8, 64, 6, device=device)
-    with pytest.raises(BackendUnavailableError, match="found groups"):
-        backward(call, torch.zeros(6, 8))
+    x = call.arguments["x"].detach().requires_grad_()
     with use_backend(dgrad="fp8"):
+        for trained in (x, x.detach().to("meta").requires_grad_()):
+            tensors = {
+                name: value.to(trained.device)
+                for name, value in call.arguments.items()
+                if isinstance(value, torch.Tensor)
+            }
+            with pytest.raises(BackendUnavailableError, match="found groups"):
+                call.run(**{**tensors, "x": trained})
         call.run()  # no gradient of x is recorded
         with torch.no_grad():
-            call.run(x=call.arguments["x"].requires_grad_())
+            call.run(x=x)
 
 
 def test_the_transposed_weights_are_made_once(device: str) -> None:
@@ -226,3 +234,20 @@ def test_a_layer_of_experts(device: str) -> None:
         (trained,) = warmup(experts, [3])
     kept = experts.gate_up_proj.numel() + experts.down_proj.numel()
     assert trained.extra_bytes - plain.extra_bytes >= kept
+
+
+def test_the_operator_refuses_what_the_call_refuses() -> None:
+    call = make_call("batched", RECIPES["1x32"], 4, 8, 64, 6)
+    given = call.arguments
+    x = given["x"].detach().requires_grad_()
+    arguments = (
+        x, given["weight"], given["weight_scale"], given["expert_ids"], None, None, None, None,
+        True, 1, 32, torch.bfloat16, "", False,
+    )  # fmt: skip
+    text = recorded.encode(policy.Policy(dgrad=Dgrad.FP8))
+    operator = torch.ops.fp8dispatch.experts
+    with use_backend(dgrad="fp8"), pytest.raises(BackendUnavailableError, match="found groups"):
+        operator(*arguments, text)
+    with pytest.raises(ConfigurationError, match="is stated now"):
+        operator(*arguments, text)
+    operator(*arguments)

@@ -160,7 +160,7 @@ MALFORMED: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]], type
     ),
     "backend-unknown": (
         "batched",
-        lambda a: {"backend": "cutlass"},
+        lambda a: {"backend": "hipblaslt"},
         UnknownBackendError,
         "backend must be one of",
     ),
