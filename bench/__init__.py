@@ -1,4 +1,7 @@
-"""Measurements on a GPU. Each script writes one JSON file that a figure in the README links to.
+"""Measurements. ``python -m bench --list`` names the suites; each writes one JSON file.
 
-Run them from the repository's root, for example ``python -m bench.gemm bench/results/gemm.json``.
+A figure in the README comes from such a file in ``bench/results``, and `bench.figures` checks that
+it does. The rooms: `timing` (the loop, and all that touches CUDA), `shapes`, `arms` (what is timed,
+checked first), `session` (points, budget, results), `environment` (the machine), one module for
+each suite, and `plot`, `routes`, `figures`, `targets` over the results.
 """

@@ -1,50 +1,53 @@
-"""Times expert matmuls, raw activations in: ``python -m bench.experts OUT.json``.
+"""Expert matmuls, raw activations in: ``python -m bench experts``.
 
 Prefill is a grouped call with uneven routing; decode a batched one, top-8 of all experts, each
-token's experts drawn without repetition. Arms are captured in CUDA graphs and alternate within each
-round, timings flush L2 first, and a shape is timed only after every arm computed it right on
-rows that are drawn at random. Beside the backends stand what the work cannot be faster than:
-"read", a kernel that reads the weights of the experts in use once, and for prefill "bf16", one
-dense multiplication of as many rows.
+token's experts drawn without repetition. Arms are CUDA graphs replayed behind a flush of L2, and
+are timed only after they computed rows right that are drawn at random. Beside the backends stand
+what the work cannot be faster than: "read", a kernel that reads the weights of the experts in use
+once, and for prefill "bf16", one dense multiplication of as many rows.
 """
 
 from __future__ import annotations
 
-import statistics
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
-from triton.testing import do_bench
 
 import fp8dispatch
-from bench import environment
-from bench.gemm import capture
-from fp8dispatch.errors import BackendUnavailableError
+from bench.arms import Checked
+from bench.ceilings import read_bytes
+from bench.session import Point, Row, Session
+from bench.timing import alternate, table
+from fp8dispatch import registry
 from fp8dispatch.recipe import BLOCK_128
 from tests import oracle
 
-PREFILL = ((8, 4096, 7168, 8192), (8, 7168, 2048, 8192), (128, 1536, 2048, 8192))
-PREFILL_MANY = ((256, 4096, 7168, 2048),)
+PREFILL = (
+    (8, 4096, 7168, 8192),
+    (8, 7168, 2048, 8192),
+    (128, 1536, 2048, 8192),
+    (256, 4096, 7168, 2048),
+)
 DECODE = ((128, 1536, 2048), (256, 4096, 7168))
 TOKENS = (1, 8, 32, 128)
 TOP_K = 8
-BACKENDS = ("triton", "deepgemm", "fbgemm", "mslk")  # of the last two the first one is loaded
-ROUNDS = 3
 CHECKED = 16
+TINY = (16, 128, 128, 40)
+LEFT_OUT = ("eager",)  # it waits for the routing, and cannot be captured
 
-_READ_BLOCK = 16_384
 
-
-def main(path: str) -> None:
-    """Time every shape and write the figures."""
-    torch.manual_seed(0)
-    rows = [time_prefill(*shape) for shape in (*PREFILL, *PREFILL_MANY)]
-    rows += [time_decode(*shape, tokens) for shape in DECODE for tokens in TOKENS]
-    environment.write(path, {"experts": rows})
+def points(session: Session) -> Iterator[Point]:
+    """Prefill and decode of the two models."""
+    if session.takes("prefill"):
+        for shape in (TINY,) if session.rehearsal else PREFILL:
+            yield f"grouped {shape}", partial(prefill, session, *shape)
+    if session.takes("decode"):
+        for experts, n, k in (TINY[:3],) if session.rehearsal else DECODE:
+            for tokens in (1, 5) if session.rehearsal else TOKENS:
+                label = f"batched ({experts}, {n}, {k}), {tokens} tokens"
+                yield label, partial(decode, session, experts, n, k, tokens)
 
 
 def make_weights(experts: int, n: int, k: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,116 +65,83 @@ def uneven(rows: int, experts: int, device: str) -> torch.Tensor:
     return torch.bincount(drawn, minlength=experts)
 
 
-def time_prefill(experts: int, n: int, k: int, rows: int) -> dict[str, Any]:
+def prefill(session: Session, experts: int, n: int, k: int, rows: int) -> Row:
     """Rows sorted by expert, in place."""
-    weight, scale = make_weights(experts, n, k, "cuda")
-    x = torch.randn(rows, k, device="cuda").bfloat16()
-    ends = uneven(rows, experts, "cuda").cumsum(0).to(torch.int32)
-    owner = torch.searchsorted(ends, torch.arange(rows, device="cuda"), right=True)
-    arms = usable(
-        lambda backend: fp8dispatch.fp8_experts_grouped(x, weight, scale, ends, backend=backend)
-    )
-    check(arms, x, owner, weight, scale)
-    dense = torch.randn(n, k, device="cuda").bfloat16()
-    arms["bf16"] = lambda: x @ dense.t()
+    device = session.device
+    weight, scale = make_weights(experts, n, k, device)
+    x = torch.randn(rows, k, device=device).bfloat16()
+    ends = uneven(rows, experts, device).cumsum(0).to(torch.int32)
+    owner = torch.searchsorted(ends, torch.arange(rows, device=device), right=True)
+
+    def run(backend: str | None) -> torch.Tensor:
+        return fp8dispatch.fp8_experts_grouped(x, weight, scale, ends, backend=backend)
+
+    checked = _admit(session, run, x, owner, weight, scale)
+    dense = torch.randn(n, k, device=device).bfloat16()
     distinct = owner.unique()
-    arms["read"] = lambda: read_weights(weight, distinct)
-    return timed("grouped", arms, experts, n, k, rows)
+    floors = {"bf16": lambda: x @ dense.t(), "read": lambda: read_bytes(weight, distinct)}
+    shape = {"way": "grouped", "experts": experts, "n": n, "k": k, "rows": rows}
+    return shape | _timed(session, checked, floors, 2 * rows * n * k)
 
 
-def time_decode(experts: int, n: int, k: int, tokens: int) -> dict[str, Any]:
+def decode(session: Session, experts: int, n: int, k: int, tokens: int) -> Row:
     """Each token's experts in the order of the tokens, its row gathered for each."""
-    weight, scale = make_weights(experts, n, k, "cuda")
-    x = torch.randn(tokens, k, device="cuda").bfloat16()
-    ids = torch.rand(tokens, experts, device="cuda").topk(TOP_K, 1).indices.flatten()
-    gather = torch.arange(tokens, device="cuda").repeat_interleave(TOP_K)
-    arms = usable(
-        lambda backend: fp8dispatch.fp8_experts_batched(
+    device = session.device
+    weight, scale = make_weights(experts, n, k, device)
+    x = torch.randn(tokens, k, device=device).bfloat16()
+    ids = torch.rand(tokens, experts, device=device).topk(TOP_K, 1).indices.flatten()
+    gather = torch.arange(tokens, device=device).repeat_interleave(TOP_K)
+
+    def run(backend: str | None) -> torch.Tensor:
+        return fp8dispatch.fp8_experts_batched(
             x, weight, scale, ids, gather=gather, backend=backend
         )
-    )
-    check(arms, x[gather], ids, weight, scale)
+
+    checked = _admit(session, run, x[gather], ids, weight, scale)
     distinct = ids.unique()
-    arms["read"] = lambda: read_weights(weight, distinct)
-    row = timed("batched", arms, experts, n, k, tokens * TOP_K)
-    return {**row, "tokens": tokens, "distinct_experts": distinct.numel()}
+    rows = tokens * TOP_K
+    shape = {"way": "batched", "experts": experts, "n": n, "k": k, "rows": rows}
+    shape |= {"tokens": tokens, "distinct_experts": distinct.numel()}
+    floors = {"read": lambda: read_bytes(weight, distinct)}
+    return shape | _timed(session, checked, floors, 2 * rows * n * k)
 
 
-def usable(run: Callable[[str], torch.Tensor]) -> dict[str, Callable[[], torch.Tensor]]:
-    """The backends that take the call here; the others say why they do not."""
-    arms: dict[str, Callable[[], torch.Tensor]] = {}
-    for backend in BACKENDS:
-        try:
-            run(backend)
-        except BackendUnavailableError as error:
-            print(f"without {backend}: {error}", flush=True)
-        else:
-            arms[backend] = lambda backend=backend: run(backend)  # type: ignore[misc]
-    return arms
-
-
-def check(
-    arms: dict[str, Callable[[], torch.Tensor]],
+def _admit(
+    session: Session,
+    run: Callable[[str | None], torch.Tensor],
     x: torch.Tensor,
     owner: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor,
-) -> None:
-    """Every arm gives the right numbers in some rows; row r of `x` is that of expert owner[r]."""
+) -> Checked:
+    """The backends whose numbers are right in some rows; row r of `x` is of expert owner[r]."""
     chosen = torch.randperm(x.shape[0])[:CHECKED].tolist()
-    for name, arm in arms.items():
-        out = arm()
+
+    def check(out: torch.Tensor) -> None:
         for row in chosen:
             one = int(owner[row])
             expected = oracle.linear_truth(x[row : row + 1], weight[one], scale[one], BLOCK_128)
-            oracle.assert_matches(out[row : row + 1], expected, label=f"{name} row {row}")
+            oracle.assert_matches(out[row : row + 1], expected, label=f"row {row}")
+
+    checked = Checked()
+    left_out = () if session.rehearsal else LEFT_OUT
+    for name in session.backends or registry.NAMES:
+        if name not in left_out:
+            checked.try_arm(name, partial(run, name), check)
+    checked.try_arm("automatic", partial(run, None), check)
+    return checked
 
 
-def timed(
-    way: str, arms: dict[str, Callable[[], torch.Tensor]], experts: int, n: int, k: int, rows: int
-) -> dict[str, Any]:
-    """Medians over rounds of the medians within a round, in microseconds."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    graphs = {name: capture(arm) for name, arm in arms.items()}
-    for _ in range(ROUNDS):
-        for name, graph in graphs.items():
-            times[name].append(
-                do_bench(graph.replay, warmup=10, rep=40, return_mode="median") * 1e3
-            )
-    row: dict[str, Any] = {"way": way, "experts": experts, "n": n, "k": k, "rows": rows}
-    for name, values in times.items():
-        median = statistics.median(values)
-        row[name] = {
-            "us": round(median, 1),
-            "spread_us": round(max(values) - min(values), 1),
-            "tflops": round(2 * rows * n * k / median / 1e6),
-        }
-    figures = "  ".join(f"{name} {row[name]['us']:8.1f} us" for name in arms)
-    print(f"{way} E={experts} N={n} K={k} rows={rows}  {figures}", flush=True)
-    return row
-
-
-def read_weights(weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Read the weights of some experts once, and do next to nothing with them."""
-    out = torch.zeros(1, dtype=torch.int32, device=weight.device)
-    words = weight.view(torch.int32)
-    size = words[0].numel()
-    _read_kernel[(ids.shape[0], triton.cdiv(size, _READ_BLOCK))](
-        words, ids, out, size, BLOCK=_READ_BLOCK, num_warps=8
+def _timed(
+    session: Session, checked: Checked, floors: dict[str, Callable[[], Any]], flops: int
+) -> Row:
+    arms = {**checked.arms, **floors}
+    replays = checked.captured(
+        {name: partial(session.timer.replay, arm) for name, arm in arms.items()}
     )
-    return out
-
-
-@triton.jit
-def _read_kernel(words_ptr, ids_ptr, out_ptr, size, BLOCK: tl.constexpr):
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(ids_ptr + tl.program_id(0)).to(tl.int64)
-    words = tl.load(words_ptr + expert * size + place, mask=place < size, other=0)
-    total = tl.sum(words, axis=0)
-    tl.store(out_ptr, total, mask=total == 1_234_567)  # so that the loads are not left out
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m bench.experts OUT.json")
-    main(sys.argv[1])
+    figures = alternate(
+        {name: partial(session.timer.single, arm) for name, arm in replays.items()},
+        session.rounds,
+    )
+    tflops = {name: round(flops / figures[name].us / 1e6) for name in figures if name != "read"}
+    return {**table(figures), "tflops": tflops, **checked.told()}

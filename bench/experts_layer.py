@@ -1,29 +1,25 @@
-"""Both ways through a layer of experts: ``python -m bench.experts_layer OUT.json [MODEL,...]``.
+"""Both ways through a layer of experts: ``python -m bench experts_layer --parts MODEL ...``.
 
 Times a whole `FP8Experts` forward, batched and grouped, and the same layer in bf16 through torch's
 grouped matmul, over numbers of tokens. The crossing of the first two, in rows per expert, is what
 `fp8dispatch.moe.forward.GROUPED_FROM` should be. Routing is uneven: expert e is drawn with weight
 ``1 / sqrt(1 + e)``, k different ones for each token.
 
-On a GPU each arm is captured in a CUDA graph and replayed (the device's time), and called eagerly
-(what the caller waits for, launches included); figures are medians over rounds in which the arms
-alternate. Without a GPU the model "rehearsal" runs through the same code on the CPU, for no
-figures.
+Each arm is captured in a CUDA graph and replayed (the device's time), and called eagerly (what the
+caller waits for, launches included).
 """
 
 from __future__ import annotations
 
-import statistics
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from bench import environment
+from bench.session import Point, Row, Session
+from bench.timing import alternate, table
 from fp8dispatch import FP8Experts
 from fp8dispatch.moe import forward
 from fp8dispatch.moe.routing import sort_by_expert
@@ -33,59 +29,78 @@ MODELS = {
     "qwen3-30b-a3b": (128, 2048, 768, 8),
     "deepseek-v3": (256, 7168, 2048, 8),
     "mixtral-8x7b": (8, 4096, 14336, 2),
-    "rehearsal": (8, 256, 128, 2),
+    "rehearsal": (4, 128, 64, 2),
 }
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-ROUNDS, CALLS = 20, 5
+REHEARSAL = "rehearsal"
+CALLS = 5
 
 
-def main(path: str, names: tuple[str, ...]) -> None:
-    """Time every number of tokens of every model and write the figures."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = []
-    for name in names:
-        rows += _model(name, device)
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    environment.write(path, {"experts_layer": rows, "crossing": _crossings(rows)})
+def points(session: Session) -> Iterator[Point]:
+    """Every number of tokens of every model; the weights of a model are made once."""
+    chosen = session.parts or tuple(name for name in MODELS if name != REHEARSAL)
+    for name in (REHEARSAL,) if session.rehearsal else chosen:
+        layer: list[_Layer] = []  # made by the first point, and freed with the last
+        for tokens in TOKENS[:4] if session.rehearsal else TOKENS:
+            yield f"{name}, {tokens} tokens", partial(measure, session, name, layer, tokens)
 
 
-def _model(name: str, device: str) -> list[dict[str, Any]]:
-    experts, hidden, inner, top_k = MODELS[name]
-    torch.manual_seed(0)
-    shapes = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
-    dense = {
-        one: torch.empty(experts, *shape, dtype=torch.bfloat16, device=device)
-        for one, shape in shapes.items()
-    }
-    for weight in dense.values():
-        weight.normal_(std=0.02)
-    module = FP8Experts.from_weights(dense, top_k=top_k)
-    chances = 1 / torch.arange(1, experts + 1, device=device).sqrt()
-    rows = []
-    for tokens in TOKENS[:4] if name == "rehearsal" else TOKENS:
-        x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device=device)
-        ids = torch.multinomial(chances.expand(tokens, experts), top_k)
-        weights = torch.rand(tokens, top_k, device=device)
-        arms: dict[str, Callable[[], torch.Tensor]] = {
-            "batched": partial(_forward, module, x, ids, weights, "batched"),
-            "grouped": partial(_forward, module, x, ids, weights, "grouped"),
-            "bf16": partial(_bf16, dense, x, ids, weights),
+class _Layer:
+    """A model's experts in bf16 and in FP8."""
+
+    def __init__(self, name: str, device: str) -> None:
+        self.experts, hidden, inner, self.top_k = MODELS[name]
+        shapes = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+        self.hidden = hidden
+        self.dense = {
+            one: torch.empty(self.experts, *shape, dtype=torch.bfloat16, device=device)
+            for one, shape in shapes.items()
         }
-        with torch.no_grad():
-            row = {
-                "model": name,
-                "tokens": tokens,
-                "rows_per_expert": tokens * top_k / experts,
-                "backends": {k: d.backend for k, d in module.explain(x).items()},
-                "eager_us": _alternate({arm: _wall(call) for arm, call in arms.items()}),
-            }
-            if device == "cuda":
-                graphs = {arm: _device(_captured(call)) for arm, call in arms.items()}
-                row["device_us"] = _alternate(graphs)
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+        for weight in self.dense.values():
+            weight.normal_(std=0.02)
+        self.module = FP8Experts.from_weights(self.dense, top_k=self.top_k)
+
+
+def measure(session: Session, name: str, kept: list[_Layer], tokens: int) -> Row:
+    """One number of tokens."""
+    device, timer = session.device, session.timer
+    if not kept:
+        kept.append(_Layer(name, device))
+    layer = kept[0]
+    x = torch.randn(tokens, layer.hidden, dtype=torch.bfloat16, device=device)
+    chances = 1 / torch.arange(1, layer.experts + 1, device=device).sqrt()
+    ids = torch.multinomial(chances.expand(tokens, layer.experts), layer.top_k)
+    weights = torch.rand(tokens, layer.top_k, device=device)
+    arms: dict[str, Callable[[], torch.Tensor]] = {
+        "batched": partial(_forward, layer.module, x, ids, weights, "batched"),
+        "grouped": partial(_forward, layer.module, x, ids, weights, "grouped"),
+        "bf16": partial(_bf16, layer.dense, x, ids, weights),
+    }
+    with torch.no_grad():
+        wrong = _wrong({way: arm() for way, arm in arms.items()})
+        arms = {way: arm for way, arm in arms.items() if way not in wrong}
+        row: Row = {
+            "model": name,
+            "tokens": tokens,
+            "rows_per_expert": tokens * layer.top_k / layer.experts,
+            "backends": {k: d.backend for k, d in layer.module.explain(x).items()},
+        }
+        wall = {way: partial(timer.wall, arm, CALLS) for way, arm in arms.items()}
+        row["eager"] = table(alternate(wall, session.rounds))
+        replays = {way: timer.chain([arm] * CALLS, replays=3) for way, arm in arms.items()}
+        row["device"] = table(alternate(replays, session.rounds))
+    return row | ({"wrong": wrong} if wrong else {})
+
+
+def _wrong(outputs: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Ways that are far from the layer in bf16: FP8 costs some percent, a mistake costs all."""
+    truth = outputs["bf16"].float()
+    found = {}
+    for way in ("batched", "grouped"):
+        error = float((outputs[way].float() - truth).norm() / truth.norm())
+        if not error < 0.15:  # NaN is wrong as well
+            found[way] = f"{error:.0%} from the layer in bf16"
+    return found
 
 
 def _forward(
@@ -113,71 +128,20 @@ def _bf16(
     return (restored.view(*ids.shape, -1) * shares).sum(1)
 
 
-def _captured(call: Callable[[], torch.Tensor]) -> Callable[[], object]:
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+def summary(rows: list[Row]) -> dict[str, Any]:
+    """The crossing of each model, which `fp8dispatch.moe.forward.GROUPED_FROM` should be."""
+    return {"crossing": crossings([row for row in rows if "device" in row])}
 
 
-def _device(call: Callable[[], object]) -> Callable[[], float]:
-    """Microseconds of the device for one call, by events around a few."""
-
-    def measure() -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(CALLS):
-            call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / CALLS * 1e3
-
-    return measure
-
-
-def _wall(call: Callable[[], object]) -> Callable[[], float]:
-    """Microseconds until a call's result is there."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-
-    def measure() -> float:
-        synchronize()
-        start = time.perf_counter()
-        call()
-        synchronize()
-        return (time.perf_counter() - start) * 1e6
-
-    return measure
-
-
-def _alternate(arms: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """The median of each arm over rounds in which they take turns, after two for warmth."""
-    times: dict[str, list[float]] = {arm: [] for arm in arms}
-    for _ in range(ROUNDS + 2):
-        for arm, measure in arms.items():
-            times[arm].append(measure())
-    return {arm: round(statistics.median(values[2:]), 1) for arm, values in times.items()}
-
-
-def _crossings(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+def crossings(rows: list[Row]) -> dict[str, float | None]:
     """For each model the fewest rows per expert from which grouped is never slower again."""
     found: dict[str, float | None] = {}
     slower: set[str] = set()
     for row in reversed(rows):  # from many tokens to few
-        times, name = row.get("device_us", row["eager_us"]), row["model"]
+        us, name = row["device"]["us"], row["model"]
         found.setdefault(name, None)
-        if times["grouped"] > times["batched"]:
+        if us.get("grouped", float("inf")) > us.get("batched", float("inf")):
             slower.add(name)
         if name not in slower:
             found[name] = row["rows_per_expert"]
     return found
-
-
-if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python -m bench.experts_layer OUT.json [MODEL,MODEL...]")
-    real = tuple(name for name in MODELS if name != "rehearsal")
-    chosen = real if len(sys.argv) == 2 else tuple(sys.argv[2].split(","))
-    main(sys.argv[1], chosen if torch.cuda.is_available() else ("rehearsal",))

@@ -1,4 +1,4 @@
-"""What a call keeps the host busy for: ``python -m bench.host OUT.json [BACKEND,BACKEND...]``.
+"""What a call keeps the host busy for: ``python -m bench host``.
 
 Warm, eager, no gradient, on a problem so small that the GPU waits. Each backend's own entry point
 is called directly with everything prepared (``backend.linear`` on a described problem), then
@@ -10,75 +10,79 @@ function that returns at once: what is left is `fp8_linear`, in a loop that stay
 from __future__ import annotations
 
 import statistics
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 
 import fp8dispatch
-from bench import environment
+from bench.arms import RECIPES, Checked, Linear, backends_for
+from bench.session import Point, Row, Session
+from bench.timing import Timer
 from fp8dispatch import registry
 from fp8dispatch.backends.contract import Backend, Weight
-from fp8dispatch.errors import BackendUnavailableError
 from fp8dispatch.prepare import weight_scale_fp32
-from fp8dispatch.recipe import BLOCK_128, ROW, Recipe
 
 M, N, K = 16, 256, 256
-CALLS, ROUNDS = 20, 300
+ROUNDS = 300
 
 
-def main(path: str, names: tuple[str, ...]) -> None:
-    """Time every backend on both recipes and write the figures."""
-    rows = [_time(name, recipe) for recipe in (BLOCK_128, ROW) for name in names]
-    environment.write(path, {"host": [row for row in rows if row is not None]})
+def points(session: Session) -> Iterator[Point]:
+    """Every backend in every recipe; TorchAO too, since there is one size."""
+    for recipe in session.recipes:
+        for name in session.backends or (*backends_for(None, M, N, K), "torchao"):
+            yield f"{recipe} {name}", partial(measure, session, name, recipe)
 
 
-def _time(name: str, recipe: Recipe) -> dict[str, Any] | None:
-    dense = torch.randn(N, K, device="cuda", dtype=torch.bfloat16)
-    x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
+def measure(session: Session, name: str, recipe: str) -> Row:
+    """One backend in one recipe, or why it does not take the call."""
+    operands = Linear(M, N, K, RECIPES[recipe], session.device)
+    x, (data, scale) = operands.x, operands.weights[0]
     x3 = x.view(2, M // 2, K)
-    data, scale = fp8dispatch.quantize(dense, recipe)
+    row: Row = {"backend": name, "recipe": str(operands.recipe)}
+    rounds = 2 if session.rehearsal else ROUNDS
     with torch.no_grad():
-        try:
-            decision = fp8dispatch.explain(x, data, scale, backend=name)
-        except BackendUnavailableError:
-            return None
-        backend, problem = registry.load(name), decision.problem
-        operand = Weight(data, weight_scale_fp32(scale, recipe, N, K), recipe, scale)
+        checked = Checked()
+        if not checked.try_arm("fp8_linear", operands.whole(name), operands.check(name)):
+            return row | checked.told()
+        backend, problem = registry.load(name), operands.explain(name).problem
+        fp32 = weight_scale_fp32(scale, operands.recipe, N, K)
+        operand = Weight(data, fp32, operands.recipe, scale)
         arms: dict[str, Callable[[], torch.Tensor]] = {
             "entry": lambda: backend.linear(x, operand, None, None, problem),
             "fp8_linear": lambda: fp8dispatch.fp8_linear(x, data, scale, backend=name),
             "fp8_linear, 3 dimensions": lambda: fp8dispatch.fp8_linear(
                 x3, data, scale, backend=name
             ),
-            "bf16": lambda: torch.nn.functional.linear(x, dense),
+            "bf16": operands.bf16(),
         }
         times: dict[str, list[float]] = {arm: [] for arm in arms}
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for arm, call in arms.items():
-                times[arm].append(_us(call))
-        front = _front(backend, x, data, scale)
-    us = {arm: round(statistics.median(values), 2) for arm, values in times.items()}
+                times[arm].append(session.timer.host(call))
+        front = _front(session.timer, backend, x, data, scale, rounds)
     over = [
         through - direct
         for through, direct in zip(times["fp8_linear"], times["entry"], strict=True)
     ]
-    row = {
-        "backend": name,
-        "recipe": str(recipe),
-        "us": us,
+    return row | {
+        "us": {arm: round(statistics.median(values), 2) for arm, values in times.items()},
         "over_entry_us": round(statistics.median(over), 2),
         "over_entry_quartiles_us": [round(q, 2) for q in statistics.quantiles(over)],
         "front_alone_us": front,
     }
-    print(row, flush=True)
-    return row
 
 
-def _front(backend: Backend, x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> float:
+def _front(
+    timer: Timer,
+    backend: Backend,
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    rounds: int,
+) -> float:
     """Microseconds of `fp8_linear` around a computation that takes none."""
     out = fp8dispatch.fp8_linear(x, data, scale, backend=backend.name)
     weight = data.clone()  # another weight, so that its plan is made anew
@@ -88,25 +92,8 @@ def _front(backend: Backend, x: torch.Tensor, data: torch.Tensor, scale: torch.T
 
     with mock.patch.object(backend, "linear", stub):
         over = [
-            _us(lambda: fp8dispatch.fp8_linear(x, weight, scale, backend=backend.name)) - _us(stub)
-            for _ in range(ROUNDS)
+            timer.host(lambda: fp8dispatch.fp8_linear(x, weight, scale, backend=backend.name))
+            - timer.host(stub)
+            for _ in range(rounds)
         ]
     return round(statistics.median(over), 2)
-
-
-def _us(call: Callable[[], torch.Tensor]) -> float:
-    """Microseconds a call, over calls made back to back."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        call()
-    elapsed = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return elapsed / CALLS * 1e6
-
-
-if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python -m bench.host OUT.json [BACKEND,BACKEND...]")
-    chosen = registry.NAMES if len(sys.argv) == 2 else tuple(sys.argv[2].split(","))
-    main(sys.argv[1], tuple(name for name in chosen if name != "eager"))

@@ -1,4 +1,4 @@
-"""Routes from a result of `bench.choice`: ``python -m bench.routes RESULT.json [--write]``.
+"""Routes from a result of `linear`: ``python -m bench routes RESULT.json [--write]``.
 
 For each recipe, the measured numbers of rows are taken in order, and so are the numbers of output
 tiles at each. A backend serves a class of calls where at no point of it, eager or captured, it
@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench.choice import SLACK, SLACK_US
+from bench.linear import SLACK, SLACK_US
 from fp8dispatch.routes import TILE
 
 KINDS = ("eager", "graph")
@@ -29,7 +29,8 @@ Point = dict[str, Any]
 def routes_of(result: dict[str, Any], evidence: str) -> list[dict[str, Any]]:
     """The routes that a result supports."""
     routes: list[dict[str, Any]] = []
-    for recipe, points in groupby(result["choice"], key=lambda point: point["recipe"]):
+    timed = [row for row in result["linear"] if "eager" in row and row["accuracy"] == "exact"]
+    for recipe, points in groupby(timed, key=lambda point: point["recipe"]):
         by_rows = sorted(points, key=lambda point: point["m"])
         rows = sorted({point["m"] for point in by_rows})
         for m, group in groupby(by_rows, key=lambda point: point["m"]):
@@ -38,8 +39,8 @@ def routes_of(result: dict[str, Any], evidence: str) -> list[dict[str, Any]]:
                 # Per-tensor weights run the per-row kernels, their one scale spread.
                 recipes = [recipe, "tensor"] if recipe == "row" else [recipe]
                 route: dict[str, Any] = {"capability": [9, 0], "recipes": recipes}
-                limits = (("m_min", low), ("m_max", high))
-                limits += (("tiles_min", tiles_low), ("tiles_max", tiles_high))
+                limits = [("m_min", low), ("m_max", high)]
+                limits += [("tiles_min", tiles_low), ("tiles_max", tiles_high)]
                 route |= {name: limit for name, limit in limits if limit is not None}
                 routes.append(route | {"order": order, "evidence": evidence})
     return _joined(routes)
@@ -79,7 +80,7 @@ def _tiles(point: Point) -> int:
 
 def _order(points: list[Point]) -> list[str]:
     """The backends that ran all of the points: those that are never late first, then by cost."""
-    names = set.intersection(*(set(point["eager"]["us"]) for point in points)) - {"automatic"}
+    names = set.intersection(*(set(point["selectable"]) for point in points))
     return sorted(names, key=lambda name: (_is_late(points, name), _cost(points, name)))
 
 
@@ -99,7 +100,7 @@ def _is_late(points: list[Point], name: str) -> bool:
 
 
 def _best(point: Point, kind: str) -> float:
-    return min(us for name, us in point[kind]["us"].items() if name != "automatic")
+    return min(point[kind]["us"][name] for name in point["selectable"])
 
 
 def _joined(routes: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -120,18 +121,25 @@ def _joined(routes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return joined
 
 
-def main(path: str, *, write: bool) -> None:
+def main(arguments: list[str]) -> int:
     """Print the routes, or write them."""
-    result = json.loads(Path(path).read_text("utf-8"))
-    routes = routes_of(result, f"bench/results/{Path(path).name}")
-    lines = ",\n  ".join(json.dumps(route) for route in routes)
+    if len(arguments) not in (1, 2) or arguments[1:] not in ([], ["--write"]):
+        print("usage: python -m bench routes RESULT.json [--write]")
+        return 2
+    path = Path(arguments[0])
+    result = json.loads(path.read_text("utf-8"))
+    if result["rehearsal"]:
+        print(f"{path} is a rehearsal: its figures mean nothing, and make no routes")
+        return 1
+    lines = ",\n  ".join(
+        json.dumps(route) for route in routes_of(result, f"bench/results/{path.name}")
+    )
     text = f'{{\n "routes": [\n  {lines}\n ]\n}}\n'
-    if write:
+    if arguments[1:]:
         ROUTES.write_text(text, "utf-8")
     print(text)
+    return 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3) or sys.argv[2:] not in ([], ["--write"]):
-        sys.exit("usage: python -m bench.routes RESULT.json [--write]")
-    main(sys.argv[1], write="--write" in sys.argv)
+    sys.exit(main(sys.argv[1:]))

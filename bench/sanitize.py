@@ -1,7 +1,7 @@
 """Runs the kernels of one backend once per variant, to be watched by compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-        python -m bench.sanitize [BACKEND]
+        python -m bench sanitize [BACKEND]
 
 Without a name these are our Triton kernels in every variant; a library's are run where it takes the
 call. Without torch's memory cache every tensor is an allocation of its own, so a read or write past
@@ -20,8 +20,9 @@ from tests import matrix, oracle
 SHAPES = ((1, 256, 512), (3, 201, 333), (37, 264, 1040), (130, 272, 640), (300, 129, 257))
 
 
-def main(backend: str = "triton") -> None:
+def main(arguments: list[str]) -> int:
     """Forward and backward of the matrix's recipes on ragged shapes, all formats and layouts."""
+    backend = arguments[0] if arguments else "triton"
     calls = 0
     bench = matrix.Bench("cuda")
     for recipe in matrix.RECIPES:
@@ -30,11 +31,12 @@ def main(backend: str = "triton") -> None:
                 case = matrix.Case(backend, recipe, m, n, k, torch.bfloat16, bias, static)
                 calls += bench.run(case).refusal is None
     if not calls:
-        sys.exit(f"{backend} took none of the calls")
+        print(f"{backend} took none of the calls")
+        return 1
     if backend != "triton":
         torch.cuda.synchronize()
         print(f"{backend}: {calls} calls, numbers right")
-        return
+        return 0
     for dtype in (torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz):
         for recipe in ("row", "block128x128", "group32"):
             _other_format(dtype, recipe)
@@ -42,6 +44,7 @@ def main(backend: str = "triton") -> None:
     _transposed()
     torch.cuda.synchronize()
     print(f"{calls + 1} calls, numbers right")
+    return 0
 
 
 def _other_format(dtype: torch.dtype, recipe: str) -> None:
@@ -70,4 +73,4 @@ def _transposed() -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,84 @@
+"""dX from the FP8 weight: ``python -m bench gradient``, against bf16 ``dY @ W``.
+
+Arms: "kernel" dequantises tile by tile, "strips" dequantises a strip of the weight into memory and
+multiplies it with torch, "bf16" is the multiplication over the weight that was never quantised.
+CUDA graphs replayed behind a flush of L2. The kernel is timed also where the library does not take
+it yet (`autograd.KERNEL_CAPABILITIES`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+
+from bench.arms import RECIPES, Checked, Linear
+from bench.session import Point, Row, Session
+from bench.shapes import GRID, MODELS, TINY, Weight
+from bench.timing import alternate, table
+from fp8dispatch import autograd
+from fp8dispatch.prepare import weight_scale_fp32
+from tests import oracle
+
+ROWS = (16, 256, 1024, 4096)
+WEIGHTS = (*GRID, MODELS[1], MODELS[3], MODELS[15], MODELS[18])
+
+
+def points(session: Session) -> Iterator[Point]:
+    """Weights of the grid and four of real models, in every recipe."""
+    weights: tuple[Weight, ...] = TINY if session.rehearsal else WEIGHTS
+    for recipe in session.recipes:
+        for weight in weights:
+            for m in (3, 40) if session.rehearsal else ROWS:
+                label = f"{recipe} {m}x{weight.n}x{weight.k}"
+                yield label, partial(measure, session, m, weight, recipe)
+
+
+def measure(session: Session, m: int, weight: Weight, recipe: str) -> Row:
+    """One shape: dY [m, n] times W [n, k]."""
+    operands = Linear(m, weight.n, weight.k, RECIPES[recipe], session.device)
+    grad = torch.randn(m, weight.n, device=session.device, dtype=torch.bfloat16)
+    data, scale = operands.weights[0]
+    fp32 = weight_scale_fp32(scale, operands.recipe, weight.n, weight.k)
+    rows = torch.unique(torch.tensor([0, m // 2, m - 1]))
+    wide = oracle.dequantized_weight(data, scale, operands.recipe)
+
+    def check(out: torch.Tensor) -> None:
+        assert out.shape == (m, weight.k), f"shape {tuple(out.shape)}"
+        oracle.assert_gradient(out[rows], grad[rows], wide)
+
+    def check_bf16(out: torch.Tensor) -> None:
+        oracle.assert_gradient(out[rows], grad[rows], operands.dense.double())
+
+    def grad_input() -> torch.Tensor:
+        return autograd.grad_input(grad, data, fp32, operands.recipe)
+
+    here = torch.cuda.get_device_capability() if session.device == "cuda" else None
+    checked = Checked()
+    walks: dict[str, Any] = {}
+    with torch.no_grad():
+        for name, capabilities in (("kernel", (here,)), ("strips", ())):
+            # The graph that is captured here keeps what was chosen.
+            with mock.patch.object(autograd, "KERNEL_CAPABILITIES", capabilities):
+                if name == "kernel" and not autograd.dequantizes_in_kernel(grad.device, grad.dtype):
+                    checked.refused[name] = "needs a GPU that our Triton kernels run on"
+                elif checked.try_arm(name, grad_input, check):
+                    walks[name] = session.timer.replay(grad_input)
+        if checked.try_arm("bf16", lambda: grad @ operands.dense, check_bf16):
+            walks["bf16"] = session.timer.replay(checked.arms["bf16"])
+        single = session.timer.single
+        figures = alternate(
+            {name: partial(single, arm) for name, arm in walks.items()}, session.rounds
+        )
+    return {
+        "recipe": str(operands.recipe),
+        "m": m,
+        "n": weight.n,
+        "k": weight.k,
+        "name": weight.name,
+        **table(figures),
+        **checked.told(),
+    }

@@ -1,0 +1,1 @@
+"""Tests of the bench: its loop, checks, reports and views, without a GPU."""
