@@ -105,6 +105,21 @@ def test_a_weight_that_is_lost_whole_has_no_cosine() -> None:
     assert found.sqnr_db == pytest.approx(0)
 
 
+def test_a_weight_that_is_nearly_lost_keeps_the_digits_of_its_cosine() -> None:
+    """One value of many survives, so that differences of large sums would say nothing of it."""
+    weight = torch.rand(512, 512, generator=torch.Generator().manual_seed(0)) * 1e-18
+    weight[300, 77] = 3e-18
+    scheme = SCHEMES["block128"]
+    data, scale = fp8dispatch.quantize(weight, scheme.recipe)
+    restored = fp8dispatch.dequantize(data, scale, block_size=(128, 128), dtype=torch.float32)
+
+    truth, kept = weight.double(), restored.double()
+
+    assert int((kept != 0).sum()) == 1
+    wanted = float((truth * kept).sum() / truth.norm() / kept.norm())
+    assert measured(weight, scheme).cosine == pytest.approx(wanted, rel=1e-5)
+
+
 def test_scales_that_were_rounded_down_clip_and_are_counted() -> None:
     scheme = replace(SCHEMES["channel"], scale_dtype="bfloat16")
     weight = torch.full((1, 64), 448 * 1.003)  # its scale, 1.003, is 1 in bf16
