@@ -33,6 +33,7 @@ from fp8dispatch.problem import LinearProblem
 from fp8dispatch.router import Decision
 
 _Linear = Callable[..., torch.Tensor]
+_Settled = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
 # M changes from call to call; the bound keeps a long-running server's memory flat.
 _MAX_ROWS = 1024
@@ -113,7 +114,7 @@ class Plan:
         self.device = device
         self.call = call
         self.generation = generation.current
-        self.by_rows: dict[int, tuple[LinearProblem, Decision, _Linear]] = {}
+        self.by_rows: dict[int, tuple[LinearProblem, Decision, _Linear, _Settled | None]] = {}
 
     def compute(
         self,
@@ -131,19 +132,22 @@ class Plan:
             out = execute.forward(x, weight, scale, bias, activation_scale, call)
             self.learn(m, weight, bias)
             return out
-        problem, decision, linear = known
-        operand = Weight(weight, self.scale_fp32, call.recipe, scale)
+        problem, decision, linear, settled = known
         decide.counters.calls += 1
+        flat = x if x.dim() == 2 else x.reshape(m, self.k)
         try:
-            if x.dim() == 2:
-                return linear(x, operand, bias, self.static_fp32, problem)
-            out = linear(x.reshape(m, self.k), operand, bias, self.static_fp32, problem)
+            if settled is not None:
+                out = settled(flat, weight, bias)
+            else:
+                operand = Weight(weight, self.scale_fp32, call.recipe, scale)
+                out = linear(flat, operand, bias, self.static_fp32, problem)
         except Exception as error:  # noqa: BLE001  # any library's; `put_aside` says whose it is
             self.by_rows.pop(m, None)
+            operand = Weight(weight, self.scale_fp32, call.recipe, scale)
             return execute.after_failure(
                 error, decision, x, operand, bias, self.static_fp32, problem, call
             )
-        return out.view(*x.shape[:-1], problem.n)
+        return out if flat is x else out.view(*x.shape[:-1], problem.n)
 
     def learn(self, m: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Keep what was decided for M rows, where that is settled."""
@@ -153,7 +157,10 @@ class Plan:
         if decision is not None and m > 0:
             if len(self.by_rows) >= _MAX_ROWS:
                 self.by_rows.clear()
-            self.by_rows[m] = problem, decision, registry.load(decision.backend).linear
+            backend = registry.load(decision.backend)
+            operand = Weight(weight, self.scale_fp32, call.recipe, self.scale_fp32)
+            settled = backend.settled(operand, self.static_fp32, problem, self.device)
+            self.by_rows[m] = problem, decision, backend.linear, settled
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}

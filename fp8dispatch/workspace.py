@@ -20,8 +20,9 @@ Workspace = tuple[torch.Tensor, torch.Tensor]
 Quantized = tuple[torch.Tensor, torch.Tensor]
 """FP8 [M, K] and float32 [M, groups] with strides (1, a multiple of 4): 16 bytes."""
 
-SMALL = 4 << 20
-"""Activations of up to this many bytes, scales included, are kept where calls take turns."""
+SMALL = 16 << 20
+"""Activations of up to this many bytes, scales included, are kept where calls take turns: 2048 rows
+of 7168. With more the GPU is busy for longer than the host needs."""
 
 _MOST_VIEWS = 4096
 _SUPPLY = 1 << 20  # counters: 4 MB, enough for some thousand captured launches
@@ -122,8 +123,12 @@ def quantized_activations(device: torch.device, m: int, k: int, groups: int) -> 
 
 def takes_turns(m: int, k: int, groups: int) -> bool:
     """Whether a call on the current stream gets memory that stays; not while it is captured."""
-    small = _bytes_of(m, k, groups) <= SMALL
-    return small and not torch.cuda.is_current_stream_capturing()
+    return is_small(m, k, groups) and not torch.cuda.is_current_stream_capturing()
+
+
+def is_small(m: int, k: int, groups: int) -> bool:
+    """Whether activations of this size are kept where calls take turns."""
+    return _bytes_of(m, k, groups) <= SMALL
 
 
 def _bytes_of(m: int, k: int, groups: int) -> int:

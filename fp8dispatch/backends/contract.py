@@ -71,6 +71,9 @@ class Capability(ABC):
     quantizes_with_kernels: ClassVar[bool | None] = None
     """Quantise with our Triton kernels or in plain torch; None takes the kernels on a GPU."""
     accuracies: ClassVar[frozenset[Accuracy]] = frozenset({Accuracy.EXACT})
+    canary_sizes: ClassVar[tuple[tuple[int, int, int], ...]] = ()
+    """M, N, K that the canary takes beside its own, small ones: where the sizes of a call choose
+    among several kernels, one for each kernel that the canary's own sizes do not reach."""
     quantizes_activations: ClassVar[bool] = True
     """`linear` multiplies FP8 activations. False gives other numbers, and needs `opt_in`."""
     batch_invariant: ClassVar[bool] = False
@@ -203,6 +206,20 @@ class Backend(Capability):
     Returns:
         [M, N] in ``problem.out_dtype``.
     """
+
+    def settled(
+        self,
+        weight: Weight,
+        activation_scale: torch.Tensor | None,
+        problem: LinearProblem,
+        device: torch.device,
+    ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor] | None:
+        """`linear` for calls that come again, as a function of X, ``weight.data`` and bias.
+
+        Those calls have the same M and dtype of X, and weight, scales and bias over the same
+        memory; the function keeps neither weight nor bias alive. None where it would save nothing.
+        """
+        return None
 
     @abstractmethod
     def matmul(

@@ -1,8 +1,14 @@
 """Our own kernels for Hopper, written in Gluon, Triton's lower level: nothing else is needed.
 
-e4m3fn weights in 128x128 blocks, per row or per tensor, with exact accumulation in every recipe;
-any M and N, a fused bias of any float dtype, and bf16, fp16 or fp32 output. Bulk copies (TMA) move
-the operands, so the rows of both start at multiples of 16 bytes: K is a multiple of 16.
+Weights per row, per tensor, or in blocks whose sides are multiples of 128, with exact accumulation
+in every recipe; any M and N, a fused bias of any float dtype, and bf16, fp16 or fp32 output. Bulk
+copies (TMA) move the operands, so the rows of both start at multiples of 16 bytes: K is a multiple
+of 16. The tensor cores multiply e4m3fn activations by e4m3fn or e5m2 weights, and know no FNUZ.
+
+Refused, and the portable kernels' to take: a side of a block below 128 would need several scales
+in one partial sum of 128 of K: for groups of 1x128 a vector for the columns (32 more registers of
+the 17 that "wide" has left, and a second multiplication for each element), for blocks of 64 or 32
+of K two or four times the promotions.
 
 Which kernel takes a call is `fp8dispatch.kernels.hopper_config`'s to say. The kernels and what was
 measured on their prototypes are described in `fp8dispatch.kernels.hopper_gemm` and
@@ -20,7 +26,6 @@ from fp8dispatch.errors import Refusal
 from fp8dispatch.kernels.requirements import GLUON_TRITON, refuse_gluon
 from fp8dispatch.machine import Machine
 from fp8dispatch.problem import LinearProblem
-from fp8dispatch.recipe import BLOCK_128, Granularity
 
 
 class Gluon(LibraryBackend):
@@ -31,12 +36,21 @@ class Gluon(LibraryBackend):
     minimum_version = GLUON_TRITON[0]
     capabilities = ((9, 0),)
     verified_capabilities = ()  # not run on a GPU yet: its first run is in a child process
+    weight_dtypes = frozenset({"float8_e4m3fn", "float8_e5m2"})
     out_dtypes = frozenset({"bfloat16", "float16", "float32"})
     align_k = 16
+    canary_sizes = (  # the canary's own take the split of K
+        (5, 264, 1280),  # decode, K shared by two programs
+        (33, 200, 272),  # decode, K no multiple of 128
+        (130, 272, 272),  # square
+        (130, 8585, 144),  # square, stored without TMA, more tiles than an H100 has SMs
+        (130, 26112, 144),  # wide, the same
+    )
     needs_to_load = "triton.experimental.gluon to import"
     linear = computed_in("fp8dispatch.backends.compute.gluon")
     matmul = computed_in("fp8dispatch.backends.compute.gluon")
     multiply = computed_in("fp8dispatch.backends.compute.gluon")
+    settled = computed_in("fp8dispatch.backends.compute.gluon")
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,8 +61,13 @@ class Gluon(LibraryBackend):
 
     def refuse_call(self, problem: LinearProblem, machine: Machine) -> list[Refusal]:
         refusals: list[Refusal] = []
-        if problem.recipe.granularity is Granularity.BLOCK and problem.recipe != BLOCK_128:
-            refusals.append(Refusal("block-size", "blocks 128x128", str(problem.recipe)))
+        block = problem.recipe.block_size
+        if block is not None and any(
+            size % 128 and size < whole
+            for size, whole in zip(block, (problem.n, problem.k), strict=True)
+        ):
+            need = "blocks whose sides are multiples of 128 (or all of N or K)"
+            refusals.append(Refusal("block-size", need, str(problem.recipe)))
         if not problem.weight_row_major:
             refusals.append(Refusal("layout", "a row-major weight [N, K]", "other strides"))
         if not problem.aligned:

@@ -26,6 +26,7 @@ class Triton(Backend):
     quantizes_with_kernels = True  # also in the interpreter
     batch_invariant = True
     matmul = computed_in("fp8dispatch.backends.compute.triton")
+    settled = computed_in("fp8dispatch.backends.compute.triton")
 
     def refuse_machine(self, machine: Machine) -> tuple[Refusal, ...]:
         return refuse_machine(machine)

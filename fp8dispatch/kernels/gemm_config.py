@@ -10,6 +10,7 @@ Evidence: one H200, M x N x K = 4096 x 7168 x 2048, block (128, 128), Triton 3.6
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 from fp8dispatch.kernels.launch import DeviceLimits, ceil_div
@@ -46,6 +47,7 @@ class GemmConfig:
     flatten: bool = False
 
 
+@functools.lru_cache(maxsize=8192)  # a call of the host path: a dozen microseconds otherwise
 def choose_config(
     m: int,
     n: int,

@@ -18,14 +18,16 @@ Bound by reading the weight once, so everything serves bytes in flight and a sho
 * Few tiles: SPLIT programs share one, each with a contiguous range of K. Each writes its float32
   partial and counts itself in; the last to arrive adds them up in the order of K, so the sum does
   not depend on who is last, and clears the counter. No program waits for another.
-* Every launch is ordinary: no programmatic dependent launch, so that no write to the weight or the
-  activations before it in the stream is overtaken.
+* PROGRAMMATIC: the first copies of the weight are on their way before the kernel waits for the one
+  in front of it, which is our quantiser; `grid_dependency` says why no write to the weight can be
+  overtaken. All else comes after the wait, and the next kernel in the stream never starts early.
 
 Limits, measured on the prototype of this kernel (one H200, Triton 3.6; weights never in L2; N x K
 = 7168x2048, 4096x7168, 24576x1536, 7168x16384, 57344x8192): with 16 rows 5.9, 10.3, 11.3, 30.9 and
 111 us, where a kernel that only reads the weight takes 5.0, 8.5, 10.3, 27.9 and 105; 1 to 8 rows
 cost what 16 cost; 64 rows 7.2, 12.8, 13.3, 33.8 and 119 to 125, since every tile of 64 weight rows
-reads all of x again through L2. On small shapes a launch takes 1.1 us and the first data 1 us more.
+reads all of x again through L2. On small shapes a launch takes 1.1 us and the first data 1 us more:
+starting early gave 1.3, 1.6, 1.3, 0.6 and 1.3 us with 16 rows.
 
 Tried on the prototype, with the outcome (same shapes): plain ``tl.dot`` with two blocks a turn 7.0,
 10.7, 11.6, 32.8, 115 (the scales' latency in each turn); x through registers 7.5, 11.8, 12.4, 33.6,
@@ -48,16 +50,14 @@ from fp8dispatch.kernels.gluon_compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from fp8dispatch.kernels.grid_dependency import wait_for_prerequisites
 
 
 @gluon.jit
-def _fetch(
+def _fetch_weight(
     w,
-    x,
     w_s,
-    x_s,
     w_boxes,
-    x_boxes,
     bars,
     slot,
     first_block,
@@ -67,17 +67,36 @@ def _fetch(
     FLAT: gl.constexpr,
     BYTES: gl.constexpr,
 ):
-    """CHUNK blocks of K of both operands into a slot of the ring."""
+    """CHUNK blocks of K of the weight into a slot of the ring, which expects both operands."""
     bar = bars.index(slot)
     mbarrier.expect(bar, BYTES, pred=pred)
     if FLAT:
         for j in gl.static_range(CHUNK):
-            place = slot * CHUNK + j
-            col = (first_block + j) * 128
-            tma_load(w, [first_row, col], bar, w_s.index(place), pred=pred)
-            tma_load(x, [0, col], bar, x_s.index(place), pred=pred)
+            place = [first_row, (first_block + j) * 128]
+            tma_load(w, place, bar, w_s.index(slot * CHUNK + j), pred=pred)
     else:
         tma_load(w, [first_block, first_row, 0], bar, w_boxes.index(slot), pred=pred)
+
+
+@gluon.jit
+def _fetch_rows(
+    x,
+    x_s,
+    x_boxes,
+    bars,
+    slot,
+    first_block,
+    pred,
+    CHUNK: gl.constexpr,
+    FLAT: gl.constexpr,
+):
+    """The same blocks of the activations."""
+    bar = bars.index(slot)
+    if FLAT:
+        for j in gl.static_range(CHUNK):
+            place = [0, (first_block + j) * 128]
+            tma_load(x, place, bar, x_s.index(slot * CHUNK + j), pred=pred)
+    else:
         tma_load(x, [first_block, 0, 0], bar, x_boxes.index(slot), pred=pred)
 
 
@@ -93,7 +112,7 @@ def hopper_decode(
     w,  # [K / 128, N, 128] in boxes [CHUNK, BLOCK_N, 128]; FLAT: [N, K] in boxes [BLOCK_N, 128]
     x,  # [K / 128, M, 128] in boxes [CHUNK, BLOCK_M, 128]; FLAT: [M, K] in boxes [BLOCK_M, 128]
     x_scale,
-    w_scale,  # [ceil(N / 128), ceil(K / 128)], or [N] with stride SCALE_STRIDE
+    w_scale,  # [ceil(N / SCALE_N), ceil(K / SCALE_K)], or [N] with stride SCALE_STRIDE
     bias,  # [N] or None
     out,  # [M, N] contiguous
     partials,  # float32 [SPLIT, M, N]; any pointer when SPLIT is 1
@@ -104,6 +123,8 @@ def hopper_decode(
     N: gl.constexpr,
     K: gl.constexpr,
     BLOCKWISE: gl.constexpr,
+    SCALE_N: gl.constexpr,
+    SCALE_K: gl.constexpr,
     SCALE_STRIDE: gl.constexpr,
     FLAT: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -111,9 +132,11 @@ def hopper_decode(
     SPLIT: gl.constexpr,
     CHUNK: gl.constexpr,
     STAGES: gl.constexpr,
+    PROGRAMMATIC: gl.constexpr,
 ):
     """BLOCK_N rows of the weight (64 or 128) against all rows of x, over a share of K."""
     BLOCKS_K: gl.constexpr = (K + 127) // 128
+    SCALE_COLS: gl.constexpr = (K + SCALE_K - 1) // SCALE_K
     TURNS: gl.constexpr = ((BLOCKS_K + SPLIT - 1) // SPLIT + CHUNK - 1) // CHUNK
     COUNT: gl.constexpr = TURNS * CHUNK
     SLAB: gl.constexpr = 1 << (COUNT - 1).bit_length()
@@ -132,13 +155,13 @@ def hopper_decode(
     part = gl.program_id(1)
     first_block = part * COUNT
     first_row = tile * BLOCK_N
-    w_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_N, 128], OPERAND)
-    x_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_M, 128], OPERAND)
+    w_s = gl.allocate_shared_memory(w.dtype, [STAGES, BLOCK_N, 128], OPERAND)
+    x_s = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK_M, 128], OPERAND)
     w_boxes = w_s
     x_boxes = x_s
     if not FLAT:
-        w_boxes = reinterpret(w_s, gl.float8e4nv, [SLOTS, CHUNK, BLOCK_N, 128], w.layout)
-        x_boxes = reinterpret(x_s, gl.float8e4nv, [SLOTS, CHUNK, BLOCK_M, 128], x.layout)
+        w_boxes = reinterpret(w_s, w.dtype, [SLOTS, CHUNK, BLOCK_N, 128], w.layout)
+        x_boxes = reinterpret(x_s, x.dtype, [SLOTS, CHUNK, BLOCK_M, 128], x.layout)
     scales = gl.allocate_shared_memory(gl.float32, [SLAB, BLOCK_M], ROW)
     bars = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(SLOTS):
@@ -147,21 +170,28 @@ def hopper_decode(
     thread_barrier()
     for i in gl.static_range(SLOTS):
         if i < TURNS:
-            _fetch(
-                w, x, w_s, x_s, w_boxes, x_boxes, bars, i, first_block + i * CHUNK, first_row, True,
-                CHUNK, FLAT, BYTES,
-            )  # fmt: skip
+            block = first_block + i * CHUNK
+            _fetch_weight(w, w_s, w_boxes, bars, i, block, first_row, True, CHUNK, FLAT, BYTES)
+            if not PROGRAMMATIC:
+                _fetch_rows(x, x_s, x_boxes, bars, i, block, True, CHUNK, FLAT)
+    if PROGRAMMATIC:
+        wait_for_prerequisites()
+        for i in gl.static_range(SLOTS):
+            if i < TURNS:
+                block = first_block + i * CHUNK
+                _fetch_rows(x, x_s, x_boxes, bars, i, block, True, CHUNK, FLAT)
 
     rows = gl.arange(0, BLOCK_M, gl.SliceLayout(0, GATHER))
     plane = reinterpret(scales, gl.float32, [SLAB, BLOCK_M], PLANE)
     for i in gl.static_range(SLAB // PIECE):
         block = first_block + i * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, GATHER))
         places = gl.expand_dims(rows, 0) * x_scale_stride_m.to(gl.int64)
-        places += gl.expand_dims(block, 1) * x_scale_stride_k.to(gl.int64)
+        group = block // (SCALE_K // 128)
+        places += gl.expand_dims(group, 1) * x_scale_stride_k.to(gl.int64)
         valid = gl.expand_dims(block < BLOCKS_K, 1) & gl.expand_dims(rows < m, 0)
         product = gl.load(x_scale + places, mask=valid, other=0.0)
         if BLOCKWISE:
-            of_weight = w_scale + (first_row // 128) * BLOCKS_K + block
+            of_weight = w_scale + (first_row // SCALE_N) * SCALE_COLS + group
             product *= gl.expand_dims(gl.load(of_weight, mask=block < BLOCKS_K, other=0.0), 1)
         plane.slice(i * PIECE, PIECE, dim=0).store(product)
     thread_barrier()
@@ -181,10 +211,12 @@ def hopper_decode(
         d = warpgroup_mma_wait(0, deps=[d])
         if SLOTS < TURNS:
             thread_barrier()
-            _fetch(
-                w, x, w_s, x_s, w_boxes, x_boxes, bars, slot, first_block + (turn + SLOTS) * CHUNK,
-                first_row, turn + SLOTS < TURNS, CHUNK, FLAT, BYTES,
-            )  # fmt: skip
+            next_block = first_block + (turn + SLOTS) * CHUNK
+            more = turn + SLOTS < TURNS
+            _fetch_weight(
+                w, w_s, w_boxes, bars, slot, next_block, first_row, more, CHUNK, FLAT, BYTES
+            )
+            _fetch_rows(x, x_s, x_boxes, bars, slot, next_block, more, CHUNK, FLAT)
         acc += d * gl.expand_dims(scales.index(turn * CHUNK + (CHUNK - 1)).load(COLS), 0)
 
     n = first_row + gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))

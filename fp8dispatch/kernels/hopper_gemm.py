@@ -23,6 +23,10 @@ partial tile to a workspace that stays in L2 and counts itself in; the last one 
 up in a fixed order (of two, the other's to its own: addition commutes), so the result does not
 depend on who is last. No program waits for another: any order of dispatch makes progress.
 
+Blocks of the weight's scale have sides that are multiples of 128 (SCALE_N, SCALE_K), so that one
+number serves a partial sum; with a longer SCALE_K a scale serves several blocks of K. The weight is
+e4m3 or e5m2: the instruction mixes them.
+
 Edges: TMA fills what lies beyond M, N or K with zeros on both operands and clips stores at M and N.
 Scales of rows beyond M are zeros too. K needs rows of 16 bytes, no more: the last block of K may be
 short, and a split past the end of K multiplies zeros. Outputs whose rows are not multiples of 16
@@ -67,7 +71,14 @@ from fp8dispatch.kernels.gluon_compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from fp8dispatch.kernels.hopper_tile import advance, finish_tile, lane_zero, square_tile, tile_place
+from fp8dispatch.kernels.hopper_tile import (
+    advance,
+    finish_tile,
+    lane_zero,
+    next_scale,
+    square_tile,
+    tile_place,
+)
 
 
 @gluon.jit
@@ -84,6 +95,7 @@ def _produce(
     N: gl.constexpr,
     K: gl.constexpr,
     BLOCKWISE: gl.constexpr,
+    SCALE_K: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
@@ -102,8 +114,21 @@ def _produce(
             mbarrier.expect(bar, 128 * 128 + BLOCK_N * 128 + 128 * 4)
             tma_load(a, [tile_m * 128, k * 128], bar, a_s.index(stage))
             tma_load(b, [tile_n * BLOCK_N, k * 128], bar, b_s.index(stage))
-            tma_load(a_scale, [k if BLOCKWISE else 0, tile_m * 128], bar, s_s.index(stage))
+            group = k // (SCALE_K // 128) if BLOCKWISE else 0
+            tma_load(a_scale, [group, tile_m * 128], bar, s_s.index(stage))
             stage, phase = advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def _to_right_half(tile_n, N: gl.constexpr, SCALE_N: gl.constexpr, SCALE_COLS: gl.constexpr):
+    """Steps from the scale of a wide tile's left half to that of its right one, if it has one."""
+    first = tile_n * 256
+    if SCALE_N == 128:
+        steps = gl.where(first + 128 < N, SCALE_COLS, 0)
+    else:
+        rows = (first + 128) // SCALE_N - first // SCALE_N
+        steps = gl.where(first + 128 < N, rows * SCALE_COLS, 0)
+    return steps
 
 
 @gluon.jit
@@ -121,6 +146,8 @@ def _consume(
     N: gl.constexpr,
     K: gl.constexpr,
     BLOCKWISE: gl.constexpr,
+    SCALE_N: gl.constexpr,
+    SCALE_K: gl.constexpr,
     SCALE_STRIDE: gl.constexpr,
     MASKED: gl.constexpr,
     WG: gl.constexpr,
@@ -139,7 +166,7 @@ def _consume(
     base: gl.constexpr = WG * 64
     tiles_m = gl.cdiv(m, 128)
     TILES_N: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    SCALE_ROWS: gl.constexpr = (N + 127) // 128
+    SCALE_COLS: gl.constexpr = (K + SCALE_K - 1) // SCALE_K
     COUNT: gl.constexpr = (K + 127) // 128
     stage = 0
     phase = 0
@@ -151,9 +178,9 @@ def _consume(
     place = scales
     right = 0
     if BLOCKWISE:
-        place = scales + tile_n * (BLOCK_N // 128) * COUNT
+        place = scales + tile_n * BLOCK_N // SCALE_N * SCALE_COLS
         if BLOCK_N == 256:
-            right = gl.where(tile_n * 2 + 1 < SCALE_ROWS, COUNT, 0)
+            right = _to_right_half(tile_n, N, SCALE_N, SCALE_COLS)
     scale0 = gl.load(place)
     scale1 = scale0
     if BLOCKWISE and BLOCK_N == 256:
@@ -167,9 +194,9 @@ def _consume(
         )
         next_place = scales
         if BLOCKWISE:
-            next_place = scales + tile_n * (BLOCK_N // 128) * COUNT
+            next_place = scales + tile_n * BLOCK_N // SCALE_N * SCALE_COLS
         if BLOCK_N == 256:
-            next_right = gl.where(tile_n * 2 + 1 < SCALE_ROWS, COUNT, 0)
+            next_right = _to_right_half(tile_n, N, SCALE_N, SCALE_COLS)
             acc0 = gl.zeros([64, 128], gl.float32, L)
             acc1 = gl.zeros([64, 128], gl.float32, L)
             p = gl.zeros([64, 128], gl.float32, L)
@@ -189,7 +216,7 @@ def _consume(
                 if BLOCKWISE:
                     f0 = s * scale0
                     f1 = s * scale1
-                    place = gl.where(more, place + 1, next_place)
+                    place = gl.where(more, next_scale(place, k + 1, SCALE_K), next_place)
                     right = gl.where(more, right, next_right)
                     scale0 = gl.load(place)
                     scale1 = gl.load(place + right)
@@ -216,7 +243,7 @@ def _consume(
         else:
             acc, place, scale0, stage, phase = square_tile(
                 a_s, b_s, s_s, full, empty, place, next_place, scale0, stage, phase, never, COUNT,
-                COUNT, BLOCKWISE, WG, STAGES, UNROLL, L,
+                0, COUNT, BLOCKWISE, SCALE_K, WG, STAGES, UNROLL, L,
             )  # fmt: skip
             finish_tile(
                 acc, c, c_s, b_scale, bias, m, row, col,
@@ -230,14 +257,16 @@ def _consume(
 def hopper_gemm(
     a,  # [M, K] in boxes [128, 128]
     b,  # [N, K] in boxes [BLOCK_N, 128]
-    a_scale,  # [ceil(K / 128) or 1, M] in boxes [1, 128]
+    a_scale,  # [ceil(K / SCALE_K) or 1, M] in boxes [1, 128]
     c,  # [M, N] in boxes [64, 128 bytes], or a pointer when MASKED
-    b_scale,  # [ceil(N / 128), ceil(K / 128)], or [N] with stride SCALE_STRIDE
+    b_scale,  # [ceil(N / SCALE_N), ceil(K / SCALE_K)], or [N] with stride SCALE_STRIDE
     bias,  # [N] or None
     m,
     N: gl.constexpr,
     K: gl.constexpr,
     BLOCKWISE: gl.constexpr,
+    SCALE_N: gl.constexpr,
+    SCALE_K: gl.constexpr,
     SCALE_STRIDE: gl.constexpr,
     MASKED: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -248,8 +277,8 @@ def hopper_gemm(
     UNROLL: gl.constexpr,
 ):
     """ "wide" with BLOCK_N = 256, "square" with 128; a persistent program takes tile after tile."""
-    a_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 128, 128], a.layout)
-    b_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_N, 128], b.layout)
+    a_s = gl.allocate_shared_memory(a.dtype, [STAGES, 128, 128], a.layout)
+    b_s = gl.allocate_shared_memory(b.dtype, [STAGES, BLOCK_N, 128], b.layout)
     s_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 128], a_scale.layout)
     c_s = a_s
     if not MASKED:
@@ -268,7 +297,7 @@ def hopper_gemm(
                 _consume,
                 (
                     c, a_s, b_s, s_s, c_s, full, empty, b_scale, bias, m,
-                    N, K, BLOCKWISE, SCALE_STRIDE, MASKED, 0,
+                    N, K, BLOCKWISE, SCALE_N, SCALE_K, SCALE_STRIDE, MASKED, 0,
                     BLOCK_N, STAGES, GROUP_M, EVEN, BUFFERS, UNROLL,
                 ),
             ),
@@ -276,7 +305,7 @@ def hopper_gemm(
                 _consume,
                 (
                     c, a_s, b_s, s_s, c_s, full, empty, b_scale, bias, m,
-                    N, K, BLOCKWISE, SCALE_STRIDE, MASKED, 1,
+                    N, K, BLOCKWISE, SCALE_N, SCALE_K, SCALE_STRIDE, MASKED, 1,
                     BLOCK_N, STAGES, GROUP_M, EVEN, BUFFERS, UNROLL,
                 ),
             ),
@@ -284,7 +313,7 @@ def hopper_gemm(
                 _produce,
                 (
                     a, b, a_scale, a_s, b_s, s_s, full, empty, m,
-                    N, K, BLOCKWISE, BLOCK_N, STAGES, GROUP_M, EVEN,
+                    N, K, BLOCKWISE, SCALE_K, BLOCK_N, STAGES, GROUP_M, EVEN,
                 ),
             ),
         ],

@@ -35,6 +35,7 @@ def _produce_split(
     empty,
     m,
     BLOCKWISE: gl.constexpr,
+    SCALE_K: gl.constexpr,
     STAGES: gl.constexpr,
     SPLIT: gl.constexpr,
     COUNT: gl.constexpr,
@@ -52,7 +53,8 @@ def _produce_split(
         mbarrier.expect(bar, 128 * 128 * 2 + 128 * 4)
         tma_load(b, [tile_n * 128, (first + k) * 128], bar, b_s.index(stage))
         tma_load(a, [tile_m * 128, (first + k) * 128], bar, a_s.index(stage))
-        tma_load(a_scale, [(first + k) if BLOCKWISE else 0, tile_m * 128], bar, s_s.index(stage))
+        group = (first + k) // (SCALE_K // 128) if BLOCKWISE else 0
+        tma_load(a_scale, [group, tile_m * 128], bar, s_s.index(stage))
         stage, phase = advance(stage, phase, STAGES)
 
 
@@ -73,6 +75,8 @@ def _consume_split(
     N: gl.constexpr,
     K: gl.constexpr,
     BLOCKWISE: gl.constexpr,
+    SCALE_N: gl.constexpr,
+    SCALE_K: gl.constexpr,
     SCALE_STRIDE: gl.constexpr,
     MASKED: gl.constexpr,
     WG: gl.constexpr,
@@ -86,6 +90,7 @@ def _consume_split(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]
     )
     BLOCKS_K: gl.constexpr = (K + 127) // 128
+    SCALE_COLS: gl.constexpr = (K + SCALE_K - 1) // SCALE_K
     tiles_m = gl.cdiv(m, 128)
     tile = gl.program_id(0) // SPLIT
     part = gl.program_id(0) % SPLIT
@@ -93,10 +98,12 @@ def _consume_split(
     tile_m = tile - tile_n * tiles_m
     place = b_scale + lane_zero(m, WG)
     if BLOCKWISE:
-        place += tile_n * BLOCKS_K + gl.minimum(part * COUNT, BLOCKS_K - 1)
+        place += tile_n * 128 // SCALE_N * SCALE_COLS
+        place += gl.minimum(part * COUNT, BLOCKS_K - 1) // (SCALE_K // 128)
     acc, _place, _scale, _stage, _phase = square_tile(
         a_s, b_s, s_s, full, empty, place, place, gl.load(place), gl.to_tensor(0), gl.to_tensor(0),
-        m < 0, BLOCKS_K - part * COUNT, COUNT, BLOCKWISE, WG, STAGES, UNROLL, L,
+        m < 0, BLOCKS_K - part * COUNT, part * COUNT, COUNT, BLOCKWISE, SCALE_K, WG, STAGES, UNROLL,
+        L,
     )  # fmt: skip
     rows = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, L)), 1)
     cols = gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, L)), 0)
@@ -137,6 +144,8 @@ def hopper_gemm_split(
     N: gl.constexpr,
     K: gl.constexpr,
     BLOCKWISE: gl.constexpr,
+    SCALE_N: gl.constexpr,
+    SCALE_K: gl.constexpr,
     SCALE_STRIDE: gl.constexpr,
     MASKED: gl.constexpr,
     STAGES: gl.constexpr,
@@ -146,8 +155,8 @@ def hopper_gemm_split(
 ):
     """ "split": SPLIT programs a tile, each with its share of K."""
     COUNT: gl.constexpr = ((K + 127) // 128 + SPLIT - 1) // SPLIT
-    a_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 128, 128], a.layout)
-    b_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 128, 128], b.layout)
+    a_s = gl.allocate_shared_memory(a.dtype, [STAGES, 128, 128], a.layout)
+    b_s = gl.allocate_shared_memory(b.dtype, [STAGES, 128, 128], b.layout)
     s_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 128], a_scale.layout)
     c_s = a_s
     if not MASKED:
@@ -166,21 +175,23 @@ def hopper_gemm_split(
                 _consume_split,
                 (
                     c, a_s, b_s, s_s, c_s, full, empty, b_scale, bias, partials, counters, m,
-                    N, K, BLOCKWISE, SCALE_STRIDE, MASKED, 0, STAGES, SPLIT, COUNT, BUFFERS, UNROLL,
+                    N, K, BLOCKWISE, SCALE_N, SCALE_K, SCALE_STRIDE, MASKED, 0,
+                    STAGES, SPLIT, COUNT, BUFFERS, UNROLL,
                 ),
             ),
             (
                 _consume_split,
                 (
                     c, a_s, b_s, s_s, c_s, full, empty, b_scale, bias, partials, counters, m,
-                    N, K, BLOCKWISE, SCALE_STRIDE, MASKED, 1, STAGES, SPLIT, COUNT, BUFFERS, UNROLL,
+                    N, K, BLOCKWISE, SCALE_N, SCALE_K, SCALE_STRIDE, MASKED, 1,
+                    STAGES, SPLIT, COUNT, BUFFERS, UNROLL,
                 ),
             ),
             (
                 _produce_split,
                 (
                     a, b, a_scale, a_s, b_s, s_s, full, empty, m,
-                    BLOCKWISE, STAGES, SPLIT, COUNT,
+                    BLOCKWISE, SCALE_K, STAGES, SPLIT, COUNT,
                 ),
             ),
         ],

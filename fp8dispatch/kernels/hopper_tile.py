@@ -43,6 +43,16 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def next_scale(place, block, SCALE_K: gl.constexpr):
+    """Place of the scale of `block` of K, where `place` is that of the block before."""
+    if SCALE_K == 128:
+        place += 1
+    else:
+        place += (gl.to_tensor(block) % (SCALE_K // 128) == 0).to(gl.int32)
+    return place
+
+
+@gluon.jit
 def lane_zero(m, WG: gl.constexpr):
     """A zero that differs by lane as far as the assembler can tell."""
     lane = gl.inline_asm_elementwise(
@@ -142,8 +152,10 @@ def _square_body(
     never,
     done,
     scales,
+    first_block,
     COUNT: gl.constexpr,
     BLOCKWISE: gl.constexpr,
+    SCALE_K: gl.constexpr,
     WG: gl.constexpr,
     STAGES: gl.constexpr,
     UNROLL: gl.constexpr,
@@ -160,7 +172,8 @@ def _square_body(
         previous = stage
         stage, phase = advance(stage, phase, STAGES)
         if BLOCKWISE:
-            scale_place = gl.where(done + u + 1 < scales, scale_place + 1, next_place)
+            following = next_scale(scale_place, first_block + done + u + 1, SCALE_K)
+            scale_place = gl.where(done + u + 1 < scales, following, next_place)
             b_scale = gl.load(scale_place)
         if u + 1 < UNROLL:
             mbarrier.wait(full.index(stage), phase)
@@ -205,14 +218,16 @@ def square_tile(
     phase,
     never,
     scales,
+    first_block,
     COUNT: gl.constexpr,
     BLOCKWISE: gl.constexpr,
+    SCALE_K: gl.constexpr,
     WG: gl.constexpr,
     STAGES: gl.constexpr,
     UNROLL: gl.constexpr,
     L: gl.constexpr,
 ):
-    """COUNT blocks of K of 64x128; of them the first `scales` have a scale of B."""
+    """COUNT blocks of K of 64x128 from `first_block` on; the first `scales` have a scale of B."""
     acc = gl.zeros([64, 128], gl.float32, L)
     p = gl.zeros([64, 128], gl.float32, L)
     q = gl.zeros([64, 128], gl.float32, L)
@@ -220,13 +235,13 @@ def square_tile(
     for body in range(COUNT // UNROLL):
         acc, p, q, scale_place, b_scale, stage, phase = _square_body(
             acc, p, q, a_s, b_s, s_s, full, empty, scale_place, next_place, b_scale,
-            stage, phase, never, body * UNROLL, scales,
-            COUNT, BLOCKWISE, WG, STAGES, UNROLL, L,
+            stage, phase, never, body * UNROLL, scales, first_block,
+            COUNT, BLOCKWISE, SCALE_K, WG, STAGES, UNROLL, L,
         )  # fmt: skip
     if COUNT % UNROLL > 0:
         acc, p, q, scale_place, b_scale, stage, phase = _square_body(
             acc, p, q, a_s, b_s, s_s, full, empty, scale_place, next_place, b_scale,
-            stage, phase, never, (COUNT // UNROLL) * UNROLL, scales,
-            COUNT, BLOCKWISE, WG, STAGES, COUNT % UNROLL, L,
+            stage, phase, never, (COUNT // UNROLL) * UNROLL, scales, first_block,
+            COUNT, BLOCKWISE, SCALE_K, WG, STAGES, COUNT % UNROLL, L,
         )  # fmt: skip
     return acc, scale_place, b_scale, stage, phase

@@ -33,6 +33,7 @@ import triton.language as tl
 
 from fp8dispatch.formats import AMAX_FLOOR, max_value
 from fp8dispatch.kernels.float8 import NATIVE, encode_float8, kernel_operand
+from fp8dispatch.kernels.grid_dependency import launch_dependents
 from fp8dispatch.kernels.interpreter import INTERPRETED
 from fp8dispatch.kernels.launch import (
     Launch,
@@ -58,6 +59,8 @@ def quantize_groups(
     scale: torch.Tensor,
     group_size: int,
     launch: Launch = plain_launch,
+    *,
+    dependents: bool = False,
 ) -> None:
     """Quantise `x` with one scale for each row and `group_size` columns.
 
@@ -67,6 +70,7 @@ def quantize_groups(
         scale: ``[M, ceil(K / group_size)]`` output, float32, any strides.
         group_size: Columns that share a scale; the last group may be shorter.
         launch: How the kernel is started.
+        dependents: Let a kernel behind this one start early (`grid_dependency`).
     """
     m, k = x.shape
     if m == 0 or k == 0:
@@ -74,7 +78,7 @@ def quantize_groups(
     groups = ceil_div(k, group_size)
     padded = next_power_of_2(min(group_size, k))
     if padded > _LONGEST_TILE_GROUP:
-        _quantize_long(x, data, scale, group_size, groups, scale.stride(1), launch)
+        _quantize_long(x, data, scale, group_size, groups, scale.stride(1), launch, dependents)
         return
     out, code = kernel_operand(data)
     block_rows, block_groups, warps = _tile(m, groups, padded)
@@ -89,13 +93,19 @@ def quantize_groups(
         "FORMAT": code,
         "ROWS": block_rows,
         "GROUPS": block_groups,
+        "DEPENDENTS": dependents,
     }
     with on_device_of(x):
         launch(_quantize_tile_kernel, programs, arguments, constants, warps)
 
 
 def quantize_rows(
-    x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, launch: Launch = plain_launch
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    launch: Launch = plain_launch,
+    *,
+    dependents: bool = False,
 ) -> None:
     """Quantise `x` with one scale for each row.
 
@@ -104,13 +114,16 @@ def quantize_rows(
         data: ``[M, K]`` output, float8_e4m3fn or float8_e4m3fnuz, last stride 1.
         scale: ``[M, 1]`` or ``[M]`` output, float32, any strides.
         launch: How the kernel is started.
+        dependents: Let a kernel behind this one start early (`grid_dependency`).
     """
     if x.numel() == 0:
         return
-    _quantize_long(x, data, scale, x.shape[1], 1, 0, launch)
+    _quantize_long(x, data, scale, x.shape[1], 1, 0, launch, dependents)
 
 
-def quantize_static(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> None:
+def quantize_static(
+    x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, launch: Launch = plain_launch
+) -> None:
     """Quantise `x` with a scale that is known already, clamping to the range of the format.
 
     An element of `x` that is NaN or infinite becomes the NaN code, never the largest value.
@@ -119,6 +132,7 @@ def quantize_static(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) ->
         x: ``[M, K]``, bfloat16, float16 or float32, any strides.
         data: ``[M, K]`` output, float8_e4m3fn or float8_e4m3fnuz, last stride 1.
         scale: One float32 element on the device of `x`; it is read there.
+        launch: How the kernel is started.
     """
     m, k = x.shape
     if m == 0 or k == 0:
@@ -135,7 +149,7 @@ def quantize_static(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) ->
     }
     with on_device_of(x):
         arguments = (x, out, scale, m, k, *x.stride(), out.stride(0))
-        plain_launch(_quantize_static_kernel, programs, arguments, constants, 4)
+        launch(_quantize_static_kernel, programs, arguments, constants, 4)
 
 
 def _quantize_long(
@@ -146,6 +160,7 @@ def _quantize_long(
     groups: int,
     scale_stride_group: int,
     launch: Launch,
+    dependents: bool,
 ) -> None:
     """One program for each row and group."""
     m, k = x.shape
@@ -162,6 +177,7 @@ def _quantize_long(
         "FORMAT": code,
         "SINGLE_PASS": single_pass,
         "BLOCK": block,
+        "DEPENDENTS": dependents,
     }
     warps = min(16, max(1, block // 1024))
     with on_device_of(x):
@@ -239,8 +255,11 @@ def _quantize_tile_kernel(
     FORMAT: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
+    DEPENDENTS: tl.constexpr,
 ):
     """A [ROWS, GROUPS, PADDED] tile; neighbouring programs share rows."""
+    if DEPENDENTS:
+        launch_dependents()
     num_groups = tl.cdiv(k, GROUP)
     programs_per_row = tl.cdiv(num_groups, GROUPS)
     row_block = tl.program_id(0) // programs_per_row
@@ -286,8 +305,11 @@ def _quantize_long_kernel(
     FORMAT: tl.constexpr,
     SINGLE_PASS: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENTS: tl.constexpr,
 ):
     """One group of one row, in registers or read twice."""
+    if DEPENDENTS:
+        launch_dependents()
     row = (tl.program_id(0) // num_groups).to(tl.int64)
     group = tl.program_id(0) % num_groups
     first = group * group_size

@@ -29,7 +29,7 @@ are in `gemm_config`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -52,6 +52,17 @@ if TYPE_CHECKING:
 
 TMA_CAPABILITY = (9, 0)
 _TMA_ALIGNMENT = 16  # bytes, of the base address and of the row stride
+
+
+class GemmCall(NamedTuple):
+    """One launch of the kernel: its grid, its arguments in their order, and the tile."""
+
+    programs: int
+    operands: tuple[torch.Tensor, torch.Tensor]
+    boxes: tuple[list[int], ...]  # of tensor maps on both; empty where they are pointers
+    rest: tuple[Any, ...]
+    constants: dict[str, Any]
+    config: GemmConfig
 
 
 def scaled_gemm(
@@ -82,10 +93,35 @@ def scaled_gemm(
         config: The tile, for measuring; by default `choose_config` decides.
         tile_rows: The M that the tile is chosen for, where it must not depend on `a`.
     """
-    m, k = a.shape
-    n = b.shape[0]
-    if m == 0 or n == 0:
+    if a.shape[0] == 0 or b.shape[0] == 0:
         return
+    call = gemm_call(a, a_scale, b, b_scale, bias, out, block_size, config, tile_rows)
+    maps = zip(call.operands, call.boxes, strict=False)  # no boxes: pointers
+    sources = tuple(descriptor_of(operand, *box) for operand, box in maps) or call.operands
+    with on_device_of(a):
+        scaled_gemm_kernel[(call.programs,)](
+            *sources,
+            *call.rest,
+            **call.constants,
+            num_warps=call.config.num_warps,
+            enable_fp_fusion=FP_FUSION,
+            num_stages=call.config.num_stages,
+        )
+
+
+def gemm_call(
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    block_size: tuple[int, int] | None,
+    config: GemmConfig | None = None,
+    tile_rows: int | None = None,
+) -> GemmCall:
+    """The launch of `scaled_gemm` with the same arguments; M and N are at least 1."""
+    (m, k), n = a.shape, b.shape[0]
     a_operand, a_format, b_operand, b_format = operands_of(a, b)
     upcast = a_format != NATIVE.value
     limits = device_limits(a.device)
@@ -104,51 +140,32 @@ def scaled_gemm(
         )
         if a_format == WIDE.value:
             config = fit_wide(config, a.element_size(), limits)
-    a_source: torch.Tensor | TensorDescriptor = a_operand
-    b_source: torch.Tensor | TensorDescriptor = b_operand
+    boxes: tuple[list[int], ...] = ()
     if config.descriptors:
-        a_source = descriptor_of(a_operand, config.block_m, config.block_k)
-        b_source = descriptor_of(b_operand, config.block_n, config.block_k)
+        boxes = ([config.block_m, config.block_k], [config.block_n, config.block_k])
     scale_n, scale_k = (0, 0) if block_size is None else block_size
     tiles = ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
-    programs = config.programs_per_sm * limits.multiprocessors or tiles
-    with on_device_of(a):
-        _scaled_gemm_kernel[(min(programs, tiles),)](
-            a_source,
-            b_source,
-            a_scale,
-            b_scale,
-            bias,
-            out,
-            m,
-            n,
-            k,
-            a.stride(0),
-            b.stride(0),
-            b.stride(1),
-            0 if a_scale is None else a_scale.stride(0),
-            0 if a_scale is None else a_scale.stride(1),
-            b_scale.stride(0),
-            b_scale.stride(1),
-            0 if bias is None else bias.stride(0),
-            out.stride(0),
-            out.stride(1),
-            SCALE_N=scale_n,
-            SCALE_K=scale_k,
-            EVEN_K=(k if block_size is None else scale_k) % config.block_k == 0
-            and k % config.block_k == 0,
-            A_FORMAT=a_format,
-            B_FORMAT=b_format,
-            DESCRIPTORS=config.descriptors,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            FLATTEN=config.flatten,
-            num_warps=config.num_warps,
-            enable_fp_fusion=FP_FUSION,
-            num_stages=config.num_stages,
-        )
+    rest = (
+        a_scale, b_scale, bias, out, m, n, k, a.stride(0), *b.stride(),
+        *((0, 0) if a_scale is None else a_scale.stride()), *b_scale.stride(),
+        0 if bias is None else bias.stride(0), *out.stride(),
+    )  # fmt: skip
+    whole = (k if block_size is None else scale_k) % config.block_k == 0
+    constants = {
+        "SCALE_N": scale_n,
+        "SCALE_K": scale_k,
+        "EVEN_K": whole and k % config.block_k == 0,
+        "A_FORMAT": a_format,
+        "B_FORMAT": b_format,
+        "DESCRIPTORS": config.descriptors,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "FLATTEN": config.flatten,
+    }
+    programs = min(config.programs_per_sm * limits.multiprocessors or tiles, tiles)
+    return GemmCall(programs, (a_operand, b_operand), boxes, rest, constants, config)
 
 
 def operands_of(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor, int]:
@@ -259,7 +276,7 @@ def _load_scales(
 
 
 @triton.jit(do_not_specialize=["m", "a_scale_stride_k"])
-def _scaled_gemm_kernel(
+def scaled_gemm_kernel(
     a,
     b,
     a_scale_ptr,

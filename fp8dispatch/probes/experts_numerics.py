@@ -1,4 +1,4 @@
-"""The canary of expert matmuls: the demands of `numerics`, and those that routing adds.
+"""The canary of expert matmuls: the demands of `judgement`, and those that routing adds.
 
 Five experts, one without rows and one with a single row; rows of no expert, by ids on both sides of
 the range and behind the last offset, which must come out as zeros over poisoned memory; rows
@@ -12,15 +12,13 @@ from dataclasses import replace
 
 import torch
 
-from fp8dispatch.backends.contract import Capability
 from fp8dispatch.errors import Refusal
 from fp8dispatch.formats import activation_float8, dtype_name, max_value
 from fp8dispatch.moe.backends.contract import ExpertBackend, ExpertWeights
 from fp8dispatch.moe.routing import Routing
 from fp8dispatch.probes.device import describe
-from fp8dispatch.probes.numerics import (
-    CanaryResult,
-    judge,
+from fp8dispatch.probes.judgement import CanaryResult, judge
+from fp8dispatch.probes.known_operands import (
     make_activations,
     make_weight,
     normal,
@@ -124,18 +122,19 @@ class _Operands:
         return all(map(torch.equal, self._inputs(), self.before))
 
 
-def run_experts_canary(backend: Capability, device: torch.device, recipe: Recipe) -> CanaryResult:
+def run_experts_canary(
+    backend: ExpertBackend, device: torch.device, recipe: Recipe
+) -> CanaryResult:
     """`numerics.run_canary` for a backend of expert matmuls.
 
     Raises:
         Exception: whatever the backend raises; the caller knows what that means.
     """
-    if not isinstance(backend, ExpertBackend):
-        raise TypeError(f"{backend.name} is of type {type(backend).__name__}, not an ExpertBackend")
     problems, refusals = _applicable(backend, device, recipe)
     if not problems:
         sentences = "; ".join(str(refusal) for refusal in refusals)
         return CanaryResult(False, f"not applicable: {backend.name} {sentences}", 0.0, False)
+    problems = problems + _of_kernels(backend, device, problems[0])
     worst = 0.0
     with torch.autocast(device.type, enabled=False):
         for seed, problem in enumerate(problems, _SEED):
@@ -185,6 +184,19 @@ def _applicable(
         if exact or fast:
             return exact + (fast[-1:] if exact else fast), ()
     return [], backend.refuse_problem(plain, machine)
+
+
+def _of_kernels(
+    backend: ExpertBackend, device: torch.device, plain: ExpertsProblem
+) -> list[ExpertsProblem]:
+    """Both plain ways to call at each size that the backend names."""
+    machine = describe(device)
+    named = [
+        replace(plain, m=m, n=n, k=k, has_bias=True, batched=batched)
+        for m, n, k in backend.canary_sizes
+        for batched in (False, True)
+    ]
+    return [one for one in named if not backend.refuse_problem(one, machine)]
 
 
 def _ways(plain: ExpertsProblem) -> Iterator[ExpertsProblem]:

@@ -12,6 +12,7 @@ from fp8dispatch import registry
 from fp8dispatch.backends.compute import gluon
 from fp8dispatch.backends.gluon import BACKEND, Gluon
 from fp8dispatch.kernels.hopper_config import (
+    KINDS,
     HopperConfig,
     choose_config,
     decode_config,
@@ -20,7 +21,7 @@ from fp8dispatch.kernels.hopper_config import (
 from fp8dispatch.machine import Machine
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.quantization.activation import quantize_activation
-from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR, Recipe, ceil_div
+from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR, Granularity, Recipe, ceil_div
 from fp8dispatch.workspace import _carve
 from tests.backends.cases import (
     A100,
@@ -40,6 +41,11 @@ from tests.backends.cases import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import ModuleType
+
+
+def block(rows: int, columns: int) -> Recipe:
+    return Recipe(Granularity.BLOCK, (rows, columns))
+
 
 VERSION = "version: needs triton 3.6 to 3.9 (Gluon changes with each release), found "
 A_GPU = "capability: needs a CUDA device of capability 9.0, found "
@@ -83,11 +89,27 @@ def test_machine(machine: Machine, expected: list[str]) -> None:
         (blocks(k=7160), ["align-k: needs K a multiple of 16, found K=7160"]),
         (
             blocks(recipe=GROUPS),
-            ["block-size: needs blocks 128x128, found block 1x128"],
+            [
+                "block-size: needs blocks whose sides are multiples of 128 (or all of N or K), "
+                "found block 1x128"
+            ],
         ),
+        (blocks(recipe=block(256, 384)), []),
+        (blocks(n=200, k=400, recipe=block(200, 500)), []),
         (
-            blocks(weight_dtype="float8_e5m2"),
-            ["weight-dtype: needs weight dtype float8_e4m3fn, found float8_e5m2"],
+            blocks(n=4096, k=512, recipe=block(128, 64)),
+            [
+                "block-size: needs blocks whose sides are multiples of 128 (or all of N or K), "
+                "found block 128x64"
+            ],
+        ),
+        (blocks(weight_dtype="float8_e5m2"), []),
+        (
+            blocks(weight_dtype="float8_e4m3fnuz"),
+            [
+                "weight-dtype: needs weight dtype float8_e4m3fn or float8_e5m2, found "
+                "float8_e4m3fnuz"
+            ],
         ),
         (
             blocks(weight_row_major=False),
@@ -111,6 +133,26 @@ def test_it_is_registered_and_not_yet_trusted_anywhere() -> None:
     assert BACKEND.verified_capabilities == ()
 
 
+@pytest.mark.parametrize("multiprocessors", [132, 114, 78], ids=["H200", "H100 PCIe", "H20"])
+def test_the_canary_reaches_every_kernel(multiprocessors: int) -> None:
+    """Each kind, more tiles than SMs, a shared K, a K that is no multiple of 128, masked stores."""
+    reached: set[str] = set()
+    for m, n, k in ((132, 272, 640), *BACKEND.canary_sizes):
+        assert told(BACKEND.refuse_problem(blocks(m=m, n=n, k=k), H200)) == []
+        masked = n % 8 != 0
+        config = choose_config(m, n, k, masked, multiprocessors)
+        turns = "again" if config.tiles(m, n) > multiprocessors else "once"
+        if config.kind in ("split", "decode"):
+            turns = "shared" if config.split > 1 else "whole"
+        reached |= {config.kind, f"{config.kind} {turns}"}
+        reached |= {f"{config.kind} masked"} if masked else set()
+        reached |= {f"{config.kind} flat"} if k % 128 else set()
+    assert reached >= {
+        *KINDS, "wide again", "square once", "square again", "square masked", "split shared",
+        "decode shared", "decode whole", "decode flat",
+    }  # fmt: skip
+
+
 def test_a_failing_import_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> None:
         raise AttributeError("module 'gl' has no attribute 'barrier'")
@@ -128,7 +170,7 @@ class StandIn:
     def __init__(self) -> None:
         self.config: HopperConfig | None = None
 
-    any_scales = False
+    any_scales = programmatic = False
     elements = counters = 0
 
     def plan_for(
@@ -138,9 +180,11 @@ class StandIn:
         b_scale: torch.Tensor,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
+        block_size: tuple[int, int] | None,
         config: HopperConfig | None = None,
     ) -> StandIn:
         n, k = b.shape
+        self.block = block_size
         masked = n * out_dtype.itemsize % 16 != 0
         self.config = config or choose_config(m, n, k, masked, 132)
         self.any_scales = self.config.kind == "decode"
@@ -156,7 +200,10 @@ class StandIn:
         bias: torch.Tensor | None,
         out: torch.Tensor,
         workspace: tuple[torch.Tensor, torch.Tensor] | None,
+        *,
+        behind_quantizer: bool = False,
     ) -> None:
+        assert not behind_quantizer
         m, k = a.shape
         n = b.shape[0]
         config = self.config
@@ -165,7 +212,8 @@ class StandIn:
             assert tensor.data_ptr() % 16 == 0
         assert a.stride() == (k, 1) and out.is_contiguous()
         assert b.stride(1) == 1 and b.stride(0) % 16 == 0
-        groups = ceil_div(k, 128) if b_scale.dim() == 2 else 1
+        assert (self.block is None) == (b_scale.dim() == 1)
+        groups = 1 if self.block is None else ceil_div(k, self.block[1])
         assert a_scale.shape == (m, groups)
         if config.kind == "decode":
             assert m <= config.block_m
@@ -175,17 +223,25 @@ class StandIn:
         if workspace is not None:
             assert workspace[0].numel() >= self.elements
             assert workspace[1].numel() >= self.counters
-        if b_scale.dim() == 2:
-            wide = a_scale.repeat_interleave(128, 1)[:, :k]
-            wide_b = b_scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:n, :k]
+        if self.block is not None:
+            rows, columns = self.block
+            wide = a_scale.repeat_interleave(columns, 1)[:, :k]
+            wide_b = b_scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[:n, :k]
         else:
             wide, wide_b = a_scale, b_scale.reshape(-1, 1)
         product = (a.float() * wide).double() @ (b.float() * wide_b).double().t()
         out.copy_(product if bias is None else product + bias)
 
     def quantize(
-        self, x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, group: int
+        self,
+        x: torch.Tensor,
+        data: torch.Tensor,
+        scale: torch.Tensor,
+        group: int,
+        *,
+        dependents: bool,
     ) -> None:
+        assert dependents == self.programmatic
         group = group if scale.shape[1] > 1 else x.shape[1]
         made = quantize_activation(x, group, torch.float8_e4m3fn, use_kernels=False)
         data.copy_(made.data)
@@ -211,11 +267,14 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
             torch.empty(elements), torch.zeros(counters, dtype=torch.int32)
         )
     )  # fmt: skip
-    monkeypatch.setattr(gluon, "takes_turns", lambda m, k, groups: False)
     yield stand_in
 
 
-RECIPES = pytest.mark.parametrize("recipe", [BLOCK_128, ROW, TENSOR], ids=str)
+RECIPES = pytest.mark.parametrize(
+    "recipe",
+    [BLOCK_128, ROW, TENSOR, block(256, 128), block(128, 256), block(300, 290)],
+    ids=str,
+)
 
 
 @RECIPES

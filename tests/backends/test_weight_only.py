@@ -16,7 +16,7 @@ from fp8dispatch.backends.weight_only import BACKEND, WeightOnly
 from fp8dispatch.errors import BackendUnavailableError
 from fp8dispatch.machine import Machine
 from fp8dispatch.policy import Policy
-from fp8dispatch.probes import numerics
+from fp8dispatch.probes import linear_numerics
 from fp8dispatch.probes.numerics import run_canary
 from fp8dispatch.quantization.activation import QuantizedActivation
 from fp8dispatch.recipe import BLOCK_128, ROW
@@ -37,9 +37,9 @@ def small_canary(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU the kernels run in an interpreter, where the canary would take a minute."""
     # None is a CPU's capability: known to be right there, it is tested in this process.
     monkeypatch.setattr(Triton, "verified_capabilities", (*Triton.verified_capabilities, None))
-    monkeypatch.setattr(numerics, "_ROWS", (12, 10))
-    monkeypatch.setattr(numerics, "_COLUMNS", (48,))
-    monkeypatch.setattr(numerics, "_DEPTHS", (160,))
+    monkeypatch.setattr(linear_numerics, "_ROWS", (12, 10))
+    monkeypatch.setattr(linear_numerics, "_COLUMNS", (48,))
+    monkeypatch.setattr(linear_numerics, "_DEPTHS", (160,))
 
 
 @pytest.mark.parametrize("recipe", [BLOCK_128, ROW, oracle.RECIPES["block-1x32"]], ids=str)

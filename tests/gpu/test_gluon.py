@@ -20,7 +20,7 @@ from fp8dispatch.prepare import weight_scale_fp32
 from fp8dispatch.probes.device import describe
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.quantization.activation import quantize_activation
-from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR, Recipe
+from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR, Granularity, Recipe
 from tests import matrix, oracle
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.gpu
 
-TAKEN = {"tensor": TENSOR, "row": ROW, "block128x128": BLOCK_128}
+LARGE = Recipe(Granularity.BLOCK, (384, 256))
+TAKEN = {"tensor": TENSOR, "row": ROW, "block128x128": BLOCK_128, "block384x256": LARGE}
 MULTIPROCESSORS = 132
 
 
@@ -243,12 +244,13 @@ def test_repeats_bit_for_bit_and_leaves_its_counters_clear(
 
 
 def test_direct_and_plain_launches_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fp8dispatch.kernels import gluon_launch
+    from fp8dispatch.kernels import direct_launch, gluon_launch, hopper_launch
 
     calls = [(m, Operands(m, 264, 1024, BLOCK_128, with_bias=bias)) for m in (5, 130, 600)
              for bias in (False, True)]  # fmt: skip
     found = [operands.run() for _, operands in calls]
-    monkeypatch.setattr(gluon_launch, "_kernels", {})
+    monkeypatch.setattr(direct_launch, "_kernels", {})
+    monkeypatch.setattr(hopper_launch, "_plans", {})
     monkeypatch.setattr(gluon_launch, "direct_launch", lambda device: False)
     for (m, operands), direct in zip(calls, found, strict=True):
         assert torch.equal(operands.run(), direct), m
@@ -340,20 +342,31 @@ def test_streams_and_threads_do_not_share_a_workspace(kind: Callable[..., Hopper
     assert not wrong
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("recipe", TAKEN)
-@pytest.mark.parametrize("m", [1, 16, 64])
-def test_small_linears_repeat_with_other_inputs(m: int, recipe: str) -> None:
-    """From the second call on the launches are ready made: input, bias and output still change."""
+@pytest.mark.parametrize("m", [1, 16, 64, 130, 600])
+def test_linears_repeat_with_other_inputs(m: int, recipe: str, static: bool) -> None:
+    """From the third call on the launches are ready made: input, bias and output still change."""
+    given = torch.tensor([0.013], device="cuda") if static else None
     weights = [oracle.make_weight(n, 1024, TAKEN[recipe], device="cuda") for n in (264, 264, 520)]
     inputs = [torch.randn(m, 1024, device="cuda", dtype=dtype)
               for dtype in (torch.bfloat16, torch.bfloat16, torch.float16)]  # fmt: skip
     strided = torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16)[:, ::2]
-    for turn in range(3):
+    biases = {n: [torch.randn(n, device="cuda") for _ in range(2)] for n in (264, 520)}
+    for turn in range(4):
         for weight, scale in weights:
             for x in (*inputs, strided, inputs[0] * (turn + 1)):
-                for bias in (None, torch.randn(weight.shape[0], device="cuda")):
-                    out = fp8dispatch.fp8_linear(x, weight, scale, bias, backend="gluon")
-                    expected = oracle.linear_truth(x, weight, scale, TAKEN[recipe], bias)
+                for bias in (None, *biases[weight.shape[0]]):
+                    out = fp8dispatch.fp8_linear(
+                        x,
+                        weight,
+                        scale,
+                        bias,
+                        block_size=TAKEN[recipe].block_size,
+                        activation_scale=given,
+                        backend="gluon",
+                    )
+                    expected = oracle.linear_truth(x, weight, scale, TAKEN[recipe], bias, given)
                     oracle.assert_matches(out, expected, label=f"turn {turn}")
 
 
@@ -392,6 +405,21 @@ def test_a_launch_waits_for_its_stream() -> None:
         out = fp8dispatch.fp8_linear(late, operands.data, operands.scale, backend="gluon")
     torch.cuda.current_stream().wait_stream(stream)
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("recipe", TAKEN)
+@pytest.mark.parametrize("m", [1, 16, 64, 130, 300, 2100])
+def test_e5m2_weights(m: int, recipe: str) -> None:
+    """The tensor core multiplies e4m3 by e5m2: every kind of kernel does."""
+    for n, k in ((264, 640), (201, 1040), (4360, 1152)):
+        weight, scale = oracle.make_weight(
+            n, k, TAKEN[recipe], dtype=torch.float8_e5m2, device="cuda"
+        )
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        out = fp8dispatch.fp8_linear(
+            x, weight, scale, block_size=TAKEN[recipe].block_size, backend="gluon"
+        )
+        oracle.assert_matches(out, oracle.linear_truth(x, weight, scale, TAKEN[recipe]))
 
 
 @pytest.mark.parametrize("m", [5, 130])

@@ -25,12 +25,13 @@ from triton.runtime import driver
 from fp8dispatch.backends.compute import gluon
 from fp8dispatch.backends.contract import Weight
 from fp8dispatch.backends.gluon import BACKEND
-from fp8dispatch.kernels import gluon_launch, hopper_config, hopper_launch
+from fp8dispatch.formats import dtype_name
+from fp8dispatch.kernels import direct_launch, float8, hopper_config, hopper_launch
 from fp8dispatch.kernels.hopper_config import HopperConfig, choose_config, gemm_config
 from fp8dispatch.kernels.launch import DeviceLimits
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.quantization.activation import QuantizedActivation
-from fp8dispatch.recipe import BLOCK_128, ROW, Recipe, ceil_div
+from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR, Granularity, Recipe, ceil_div
 from tests.kernels.compile_targets import NVIDIA_TOOLS, StandInDriver, resource_usage
 
 H200 = DeviceLimits(capability=(9, 0), multiprocessors=132, shared_memory=232_448)
@@ -46,16 +47,23 @@ class Recorder:
     def install(self) -> None:
         driver.set_active(StandInDriver(SM_90))
         hopper_launch.device_limits = lambda device: H200
+        float8.native_float8 = lambda dtype, device: True
         recorder = self
 
         def compile_only(
-            kernel: gluon_launch.Kernel, grid: Any, views: Any, rest: Any, device: int
+            kernel: direct_launch.Kernel,
+            grid: Any,
+            views: Any,
+            rest: Any,
+            device: int,
+            *,
+            programmatic: bool = False,
         ) -> None:
             recorder.compiled = kernel._function.warmup(
                 *kernel._descriptors(views), *rest, grid=(1,), **kernel._options
             )
 
-        gluon_launch.Kernel.__call__ = compile_only  # type: ignore[method-assign]
+        direct_launch.Kernel.__call__ = compile_only  # type: ignore[method-assign]
 
 
 def call(
@@ -67,15 +75,18 @@ def call(
     out_dtype: str = "bfloat16",
     bias: bool = False,
     config: HopperConfig | None = None,
+    programmatic: bool = False,
+    weight_dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> HopperConfig:
     """One call of the backend with tensors of these sizes; the configuration that it took."""
-    blockwise = recipe is BLOCK_128
+    hopper_launch.PROGRAMMATIC = programmatic
     weight_scale = torch.ones(recipe.scale_shape(n, k))
-    groups = ceil_div(k, 128) if blockwise else 1
+    groups = ceil_div(k, recipe.group_size(k))
     data = torch.zeros((m, k), dtype=torch.uint8).view(torch.float8_e4m3fn)
     x_scale = torch.ones(groups, ceil_div(m, 4) * 4).t()[:m]
-    weight = torch.zeros((n, k), dtype=torch.uint8).view(torch.float8_e4m3fn)
-    problem = LinearProblem(m, n, k, recipe, "float8_e4m3fn", "float8_e4m3fn", out_dtype, bias)
+    weight = torch.zeros((n, k), dtype=torch.uint8).view(weight_dtype)
+    name = dtype_name(weight_dtype)
+    problem = LinearProblem(m, n, k, recipe, name, "float8_e4m3fn", out_dtype, bias)
     partials = torch.empty(4), torch.zeros(4, dtype=torch.int32)
     gluon.workspace = lambda device, elements, counters: partials
     BACKEND.multiply(
@@ -87,6 +98,15 @@ def call(
     )
     masked = hopper_launch.is_masked(n, getattr(torch, out_dtype))
     return config or choose_config(m, n, k, masked, H200.multiprocessors)
+
+
+def quantise(m: int, k: int, group: int) -> str:
+    """The quantiser that lets a decode kernel start early."""
+    x = torch.zeros(m, k, dtype=torch.bfloat16)
+    data = torch.zeros((m, k), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    scale = torch.ones(ceil_div(k, group), m).t()
+    hopper_launch.quantize(x, data, scale, group, dependents=True)
+    return f"groups of {group}"
 
 
 def wide(m: int, k: int) -> HopperConfig:
@@ -101,6 +121,9 @@ def split(m: int, k: int, parts: int) -> HopperConfig:
     return gemm_config("split", m, k, split=parts)
 
 
+E5M2 = torch.float8_e5m2
+LARGE = Recipe(Granularity.BLOCK, (384, 256))
+
 # What the tests compile; --all compiles the rest too.
 VARIANTS: dict[str, Any] = {
     "wide": lambda: call(4096, 4096, 7168),
@@ -108,6 +131,14 @@ VARIANTS: dict[str, Any] = {
     "split": lambda: call(256, 4096, 7168),
     "decode": lambda: call(16, 4096, 7168),
     "decode_ragged": lambda: call(3, 201, 1040, bias=True),
+    "early": lambda: call(16, 4096, 7168, programmatic=True),
+    "early_split_flat": lambda: call(3, 201, 2064, bias=True, programmatic=True),
+    "wide_e5m2": lambda: call(4096, 4096, 7168, weight_dtype=E5M2),
+    "decode_e5m2": lambda: call(16, 4096, 7168, weight_dtype=E5M2),
+    "wide_blocks": lambda: call(4096, 4096, 7168, recipe=LARGE),
+    "split_blocks": lambda: call(256, 4096, 7168, recipe=LARGE),
+    "quantise_groups": lambda: quantise(16, 7168, 128),
+    "quantise_rows": lambda: quantise(16, 7168, 7168),
 }
 MORE: dict[str, Any] = {
     "wide_bias": lambda: call(4096, 4096, 7168, bias=True),
@@ -133,6 +164,18 @@ MORE: dict[str, Any] = {
     "decode_split": lambda: call(16, 512, 7168, bias=True, out_dtype="float32"),
     "decode_row": lambda: call(16, 7168, 16384, recipe=ROW, bias=True, out_dtype="float16"),
     "decode_tiny": lambda: call(1, 16, 16),
+    "square_e5m2": lambda: call(256, 7168, 16384, recipe=TENSOR, weight_dtype=E5M2),
+    "split_e5m2": lambda: call(256, 4096, 7168, weight_dtype=E5M2),
+    "wide_blocks_ragged": lambda: call(4096, 4200, 7024, recipe=LARGE, bias=True),
+    "square_blocks": lambda: call(256, 7168, 16384, recipe=LARGE, bias=True),
+    "square_blocks_ragged": lambda: call(
+        130, 4099, 1040, recipe=LARGE, bias=True, config=square(130, 1040, True)
+    ),
+    "decode_blocks": lambda: call(16, 4096, 7168, recipe=LARGE),
+    "decode_blocks_64": lambda: call(64, 57344, 8192, recipe=LARGE, bias=True),
+    "early_64": lambda: call(64, 4096, 7168, programmatic=True),
+    "early_64_wide": lambda: call(64, 57344, 8192, bias=True, programmatic=True),
+    "early_row": lambda: call(16, 7168, 16384, recipe=ROW, bias=True, programmatic=True),
 }
 
 
@@ -142,7 +185,7 @@ def facts(kernel: Any) -> dict[str, Any]:
     sass = disassembled(kernel.asm["cubin"])
     return {
         "kernel": kernel.metadata.name,
-        "fp8_wgmma": len(re.findall(r"wgmma\.mma_async\S*\.f32\.e4m3\.e4m3", ptx)),
+        "fp8_wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*\.f32\.(e\dm\d\.e\dm\d)", ptx))),
         "tma_loads": len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", ptx)),
         "tma_stores": len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.global", ptx)),
         "fused": len(re.findall(r"\bFFMA\b", sass)),
@@ -152,8 +195,26 @@ def facts(kernel: Any) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         "scratch": kernel.metadata.global_scratch_size,
         "serialised": serialised(ptx),
+        "waits": ptx.count(WAIT),
+        "lets_start": ptx.count("griddepcontrol.launch_dependents"),
+        "before_wait": before(WAIT, ptx, PTX_ACCESS),
+        "before_wait_assembled": before("ACQBULK", sass, SASS_ACCESS),
         **resource_usage(kernel.asm["cubin"]),
     }
+
+
+# Everything that reads or writes memory outside of the program.
+PTX_ACCESS = r"\b(?:ld\.global|st\.global|atom\.|red\.|cp\.async\.bulk\.tensor)\S*"
+SASS_ACCESS = r"\b(?:LDG|STG|ATOM|ATOMG|RED|REDG|UTMALDG|UTMASTG|LDGSTS|LD|ST)\b(?:\.\S+)?"
+
+
+WAIT = "griddepcontrol.wait"
+
+
+def before(wait: str, code: str, pattern: str) -> list[str] | None:
+    """Accesses to global memory in front of the wait, in their order; None without a wait."""
+    front, found, _ = code.partition(wait)
+    return re.findall(pattern, front) if found else None
 
 
 def disassembled(cubin: bytes) -> str:

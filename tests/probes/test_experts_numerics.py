@@ -46,6 +46,16 @@ def test_plain_torch_is_right(recipe: Recipe) -> None:
     assert 0 < result.worst <= 1
 
 
+def test_a_fault_in_the_kernel_of_one_size_is_caught_where_the_size_is_named() -> None:
+    def few_rows(right: Fault, *call: Any) -> torch.Tensor:
+        return right(*call) * (2 if call[-1].m <= 32 else 1)
+
+    backend = Planted(few_rows)
+    assert canary(backend).right
+    backend.canary_sizes = ((20, 40, 144),)
+    assert not canary(backend).right
+
+
 def uninitialised_rest(
     right: Fault, x: Any, weights: Any, bias: Any, static: Any, routing: Routing, problem: Any
 ) -> torch.Tensor:

@@ -142,6 +142,51 @@ def test_sizes_that_a_backend_refuses_are_replaced() -> None:
     assert not canary(planted.OnlyAligned(planted.rounded_up_scale)).right
 
 
+@pytest.mark.parametrize("quantized", [False, True], ids=["linear", "matmul"])
+def test_a_fault_in_the_kernel_of_one_size_is_caught_where_the_size_is_named(
+    quantized: bool,
+) -> None:
+    """The canary's own sizes never have fewer than 65 rows where a backend takes them."""
+
+    class Small(Eager):
+        """Two kernels, of which the one for few rows is wrong on one entry."""
+
+        def linear(self, x, weight, bias, activation_scale, problem):
+            out = super().linear(x, weight, bias, activation_scale, problem)
+            return out * 2 if problem.m <= 64 and not quantized else out
+
+        def matmul(self, x, weight, bias, problem):
+            out = super().matmul(x, weight, bias, problem)
+            return out * 2 if problem.m <= 64 and quantized else out
+
+    class Named(Small):
+        canary_sizes = ((5, 40, 144),)
+
+    assert canary(Small()).right
+    result = canary(Named())
+    assert not result.right
+    assert "M=5 N=40 K=144" in result.reason
+
+
+def test_each_format_that_meets_the_same_activations_is_tested() -> None:
+    class Mixed(Eager):
+        """Wrong where the weight is not in the format of the activations."""
+
+        def matmul(self, x, weight, bias, problem):
+            out = super().matmul(x, weight, bias, problem)
+            return out * 2 if problem.weight_dtype == "float8_e5m2" else out
+
+    result = canary(Mixed())
+    assert not result.right
+    assert "float8_e5m2 weight" in result.reason
+
+
+def test_a_named_size_that_is_refused_is_left_out() -> None:
+    backend = planted.OnlyAligned()
+    backend.canary_sizes = ((1, 3, 5),)
+    assert canary(backend).right
+
+
 def test_a_backend_that_refuses_everything_is_not_applicable() -> None:
     result = canary(planted.REFUSES)
     assert not result.applicable

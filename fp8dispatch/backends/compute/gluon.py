@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Hashable
+import functools
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
 from fp8dispatch.backends.compute.operands import aligned
+from fp8dispatch.backends.compute.settled import Ready, Settled
 from fp8dispatch.backends.contract import Weight
 from fp8dispatch.backends.gluon import Gluon
-from fp8dispatch.backends.library import GROUP
-from fp8dispatch.kernels.hopper_config import DECODE_ROWS, HopperConfig
+from fp8dispatch.kernels.hopper_config import HopperConfig
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.quantization.activation import QuantizedActivation, quantize_activation
 from fp8dispatch.recipe import ceil_div
-from fp8dispatch.workspace import Workspace, quantized_activations, takes_turns, workspace
+from fp8dispatch.workspace import Workspace, quantized_activations, workspace
 
 _OUT_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
 }
-_MOST_CALLS = 8192
 _PITCH = 4  # fp32 scales of a group start at multiples of 16 bytes
 
 
@@ -41,61 +39,6 @@ class _Operands(NamedTuple):
     workspace: Workspace | None
 
 
-class _Call:
-    """A small linear that was made before: two launches that are ready but for three addresses.
-
-    Attributes:
-        dtype: of the output.
-    """
-
-    def __init__(self, quantize: Any, multiply: Any, operands: _Operands) -> None:
-        self.dtype = operands.out.dtype
-        self._quantize = quantize
-        self._multiply = multiply
-        # Memory that the launches name. Weight and scale are the caller's, and part of the key.
-        self._kept = (operands.data, operands.x_scale, operands.workspace)
-
-    def __call__(
-        self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
-    ) -> torch.Tensor:
-        self._quantize(x.data_ptr())
-        if bias is None:
-            self._multiply(out.data_ptr())
-        else:
-            self._multiply(out.data_ptr(), bias.data_ptr())
-        return out
-
-
-class _Threads(threading.local):
-    """The calls that each thread has made; they name memory that is the thread's own."""
-
-    def __init__(self) -> None:
-        self.calls: dict[Hashable, _Call | None] = {}  # None: it cannot be repeated
-
-    def keep(
-        self,
-        key: Hashable,
-        x: torch.Tensor,
-        weight: Weight,
-        bias: torch.Tensor | None,
-        operands: _Operands,
-        kernels: ModuleType,
-    ) -> None:
-        """Remember a call that was just made, or that it cannot be repeated."""
-        if len(self.calls) >= _MOST_CALLS:
-            self.calls.clear()
-        self.calls[key] = None
-        same_scale = operands.weight_scale.data_ptr() == weight.scale.data_ptr()
-        if same_scale and operands.bias is bias:  # else a copy, which is one call's alone
-            quantize = kernels.repeat_quantize(x, operands.data, operands.x_scale, GROUP)
-            multiply = operands.plan.repeat(*operands[1:])
-            if quantize is not None and multiply is not None:
-                self.calls[key] = _Call(quantize, multiply, operands)
-
-
-_threads = _Threads()
-
-
 def linear(
     self: Gluon,
     x: torch.Tensor,
@@ -107,21 +50,62 @@ def linear(
     if activation_scale is not None:
         given = quantize_activation(x, problem.k, torch.float8_e4m3fn, activation_scale)
         return multiply(self, given, weight, bias, problem)
-    m, k, device = problem.m, problem.k, x.device
+    kernels = _ready(self, weight)
     groups = weight.scale.shape[1] if weight.recipe.block_size is not None else 1
-    again = m <= DECODE_ROWS and takes_turns(m, k, groups)
-    if again:
-        key = _key_of(x, weight, bias, problem)
-        call = _threads.calls.get(key)
-        if call is not None and torch.cuda.current_device() == device.index:
-            return call(x, bias, torch.empty((m, problem.n), dtype=call.dtype, device=device))
-    data, scale = quantized_activations(device, m, k, groups)
-    _ready(self, weight).quantize(x, data, scale, GROUP)
+    data, scale = quantized_activations(x.device, problem.m, problem.k, groups)
+    # Whatever allocates or copies comes first: nothing may stand between the two launches.
     operands = _operands(self, data, scale, weight, bias, problem, None)
-    operands.plan.run(*operands[1:])
-    if again and key not in _threads.calls:
-        _threads.keep(key, x, weight, bias, operands, _ready(self, weight))
+    plan = operands.plan
+    group = weight.recipe.group_size(problem.k)
+    kernels.quantize(x, data, scale, group, dependents=plan.programmatic)
+    plan.run(*operands[1:], behind_quantizer=plan.programmatic and kernels.may_overlap())
     return operands.out
+
+
+def settled(
+    self: Gluon,
+    weight: Weight,
+    activation_scale: torch.Tensor | None,
+    problem: LinearProblem,
+    device: torch.device,
+) -> Settled | None:
+    make = functools.partial(_make_ready, self, problem)
+    return Settled(self, weight, activation_scale, problem, device, make)
+
+
+def _make_ready(
+    self: Gluon,
+    problem: LinearProblem,
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    activation_scale: torch.Tensor | None,
+) -> Ready | None:
+    """The launches of a call that `linear` has just made, on the same stream."""
+    kernels = _ready(self, weight)
+    groups = weight.scale.shape[1] if weight.recipe.block_size is not None else 1
+    data, scale = quantized_activations(x.device, problem.m, problem.k, groups)
+    static = activation_scale is not None
+    if activation_scale is not None:
+        scale = activation_scale.reshape(1, 1)
+    operands = _operands(self, data, scale, weight, bias, problem, None)
+    copied = operands.bias is not bias
+    if copied or operands.weight_scale.data_ptr() != weight.scale.data_ptr():
+        return None  # a copy is one call's alone
+    plan = operands.plan
+    overlaps = plan.programmatic and not static
+    quantize = kernels.repeat_quantize(
+        x,
+        data,
+        activation_scale if static else scale,
+        weight.recipe.group_size(problem.k),
+        static=static,
+        dependents=overlaps,
+    )
+    multiply = plan.repeat(*operands[1:], behind_quantizer=overlaps)
+    if quantize is None or multiply is None:
+        return None
+    return Ready(quantize, multiply, (data, operands.x_scale, operands.workspace, activation_scale))
 
 
 def matmul(
@@ -179,7 +163,9 @@ def _operands(
     weight_scale = _packed(weight.scale if blockwise else weight.scale.view(-1))
     bias = None if bias is None else _packed(bias)
     out_dtype = _OUT_DTYPES[problem.out_dtype]
-    plan = kernels.plan_for(m, weight.data, weight_scale, bias, out_dtype, config)
+    plan = kernels.plan_for(
+        m, weight.data, weight_scale, bias, out_dtype, weight.recipe.block_size, config
+    )
     groups = weight_scale.shape[1] if blockwise else 1
     if plan.any_scales:
         if x_scale.shape != (m, groups):
@@ -191,30 +177,6 @@ def _operands(
     out = torch.empty((m, problem.n), dtype=out_dtype, device=data.device)
     needed = workspace(data.device, plan.elements, plan.counters) if plan.elements else None
     return _Operands(plan, data, x_scale, weight.data, weight_scale, bias, out, needed)
-
-
-def _key_of(
-    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, problem: LinearProblem
-) -> Hashable:
-    """All that two launches depend on beside the addresses of x, bias and output."""
-    device: int = x.get_device()
-    data, scale = weight.data, weight.scale
-    return (
-        torch._C._cuda_getCurrentRawStream(device),
-        device,
-        data.data_ptr(),
-        scale.data_ptr(),
-        data.shape,
-        data.stride(),
-        scale.shape,
-        weight.recipe.block_size,
-        problem.out_dtype,
-        x.shape,
-        x.stride(),
-        x.dtype,
-        x.data_ptr() % 16,
-        None if bias is None else (bias.dtype, bias.stride(), bias.data_ptr() % 16),
-    )
 
 
 def _packed(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from fp8dispatch.backends.compute.settled import Ready, Settled
 from fp8dispatch.backends.contract import Weight
 from fp8dispatch.backends.triton import Triton
+from fp8dispatch.kernels.launch import device_limits
 from fp8dispatch.kernels.scaled_gemm import scaled_gemm
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.quantization.activation import QuantizedActivation
+from fp8dispatch.workspace import quantized_activations
 
 PINNED_ROWS = 64
 """M whose tile serves every M of a batch-invariant call: short enough for decoding, and tall enough
 for a warpgroup's instruction."""
+
+DIRECT_CAPABILITIES: tuple[tuple[int, int], ...] = ()
+"""Where launches of these kernels past Triton's own have been seen to give the same bits."""
 
 
 def matmul(
@@ -22,15 +30,85 @@ def matmul(
     bias: torch.Tensor | None,
     problem: LinearProblem,
 ) -> torch.Tensor:
-    m, n = problem.m, problem.n
     dtype: torch.dtype = getattr(torch, problem.out_dtype)
-    out = torch.empty((m, n), dtype=dtype, device=x.data.device)
-    block = weight.recipe.block_size
-    if block is None:
-        x_scale, weight_scale = x.scale.expand(m, 1), weight.scale.reshape(-1, 1).expand(n, 1)
-    else:
-        groups = weight.scale.shape[1]
-        x_scale, weight_scale = x.scale.expand(m, groups), weight.scale
-    rows = PINNED_ROWS if problem.batch_invariant else None
-    scaled_gemm(x.data, x_scale, weight.data, weight_scale, bias, out, block, tile_rows=rows)
+    out = torch.empty((problem.m, problem.n), dtype=dtype, device=x.data.device)
+    x_scale, weight_scale = _scales(x.scale, weight, problem)
+    scaled_gemm(
+        x.data,
+        x_scale,
+        weight.data,
+        weight_scale,
+        bias,
+        out,
+        weight.recipe.block_size,
+        tile_rows=_tile_rows(problem),
+    )
     return out
+
+
+def settled(
+    self: Triton,
+    weight: Weight,
+    activation_scale: torch.Tensor | None,
+    problem: LinearProblem,
+    device: torch.device,
+) -> Settled | None:
+    if (
+        device.type != "cuda"
+        or device_limits(device).capability not in DIRECT_CAPABILITIES
+        or problem.activation_dtype != "float8_e4m3fn"
+        or problem.k % 16  # what `quantized_activations` has memory for
+    ):
+        return None
+    make = functools.partial(_make_ready, problem)
+    return Settled(self, weight, activation_scale, problem, device, make)
+
+
+def _make_ready(
+    problem: LinearProblem,
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    activation_scale: torch.Tensor | None,
+) -> Ready | None:
+    """The launches of a call that `linear` has just made, on the same stream."""
+    # Imported here because Triton before 3.4 has no tensor maps.
+    from fp8dispatch.kernels.ready_gemm import repeat_gemm
+    from fp8dispatch.kernels.ready_quantize import repeat_quantize
+
+    m, k, recipe = problem.m, problem.k, weight.recipe
+    groups = 1 if recipe.block_size is None else weight.scale.shape[1]
+    data, scale = quantized_activations(x.device, m, k, groups)
+    static = activation_scale is not None
+    if activation_scale is not None:
+        scale = activation_scale.reshape(1, 1)
+    out = torch.empty((m, problem.n), dtype=getattr(torch, problem.out_dtype), device=x.device)
+    x_scale, weight_scale = _scales(scale, weight, problem)
+    quantize = repeat_quantize(x, data, scale, recipe.group_size(k), static=static)
+    multiply = repeat_gemm(
+        data,
+        x_scale,
+        weight.data,
+        weight_scale,
+        bias,
+        out,
+        recipe.block_size,
+        _tile_rows(problem),
+    )
+    if quantize is None or multiply is None:
+        return None
+    return Ready(quantize, multiply, (data, scale, activation_scale))
+
+
+def _scales(
+    scale: torch.Tensor, weight: Weight, problem: LinearProblem
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales of both operands as the kernel takes them: views, never copies."""
+    m, n = problem.m, problem.n
+    if weight.recipe.block_size is None:
+        return scale.expand(m, 1), weight.scale.reshape(-1, 1).expand(n, 1)
+    return scale.expand(m, weight.scale.shape[1]), weight.scale
+
+
+def _tile_rows(problem: LinearProblem) -> int | None:
+    return PINNED_ROWS if problem.batch_invariant else None
