@@ -43,6 +43,7 @@ _MODULES: dict[str, str] = {
 EXPERTS = "experts."
 _EXPERT_MODULES: dict[str, str] = {
     "triton": "fp8dispatch.moe.backends.triton",
+    "gluon": "fp8dispatch.moe.backends.gluon",
     "deepgemm": "fp8dispatch.moe.backends.deepgemm",
     "fbgemm": "fp8dispatch.moe.backends.fbgemm",
     "mslk": "fp8dispatch.moe.backends.mslk",

@@ -103,7 +103,7 @@ _LAST = ("cutlass", "weight_only", "fbgemm_tile", "mslk_tile")
 _HOPPER = ("fbgemm", "mslk", "cublaslt", "torchao", "triton", "gluon", "deepgemm", *_LAST)
 _OTHERS = ("cublaslt", "triton", "torchao", "fbgemm", "mslk", "deepgemm", "gluon", *_LAST)
 # No expert matmul of a library has run on a GPU yet: ours first, then those with block recipes.
-_EXPERTS = ("triton", "deepgemm", "fbgemm", "mslk", "cutlass")
+_EXPERTS = ("triton", "gluon", "deepgemm", "fbgemm", "mslk", "cutlass")
 
 
 def order_for(

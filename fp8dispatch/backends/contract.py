@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from packaging.version import Version
 
 from fp8dispatch.backends.deferred import computed_in
-from fp8dispatch.errors import Refusal
+from fp8dispatch.errors import BackendUnavailableError, Refusal
 from fp8dispatch.machine import Machine
 from fp8dispatch.problem import Accuracy, LinearProblem
 from fp8dispatch.recipe import Granularity, Recipe
@@ -180,6 +180,17 @@ class Capability(ABC):
         Asked once `refuse_machine` and `refuse_problem` refuse nothing, and never during capture.
         """
         return ()
+
+    def require(self, recipe: Recipe) -> None:
+        """Import what the backend needs.
+
+        Raises:
+            BackendUnavailableError: with the refusals of `loadable`.
+        """
+        reasons = self.loadable(recipe)
+        if reasons:
+            told = "; ".join(f"{self.name} {reason}" for reason in reasons)
+            raise BackendUnavailableError(f"{told}; exclude it or repair the installation")
 
 
 class Backend(Capability):

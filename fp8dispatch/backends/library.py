@@ -83,17 +83,6 @@ class LibraryBackend(Backend):
                     self._load_refusals = self._attempt()
         return self._load_refusals
 
-    def require(self, recipe: Recipe) -> None:
-        """Load the library.
-
-        Raises:
-            BackendUnavailableError: with the refusals of `loadable`.
-        """
-        reasons = self.loadable(recipe)
-        if reasons:
-            told = "; ".join(f"{self.name} {reason}" for reason in reasons)
-            raise BackendUnavailableError(f"{told}; exclude it or repair the installation")
-
     def _attempt(self) -> tuple[Refusal, ...]:
         try:
             with _root_logger_left_alone():

@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from fp8dispatch.kernels.launch import FP_FUSION, ceil_div, next_power_of_2, on_device_of
+from fp8dispatch.kernels.launch import (
+    FP_FUSION,
+    Launch,
+    ceil_div,
+    next_power_of_2,
+    on_device_of,
+    plain_launch,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +73,7 @@ def schedule(
     block_m: int,
     bounds: torch.Tensor,
     tile_bounds: torch.Tensor,
+    launch: Launch = plain_launch,
 ) -> None:
     """Clamp the ends of the experts' rows and count their tiles.
 
@@ -75,21 +83,13 @@ def schedule(
         block_m: rows of a tile.
         bounds: ``[E + 1]`` int32 output, rising, within 0 and `rows`; the last one is `rows`.
         tile_bounds: ``[E + 1]`` int32 output.
+        launch: How the kernel is started.
     """
     experts = offsets.shape[0]
+    arguments = (offsets, bounds, tile_bounds, rows, experts, offsets.stride(0))
+    constants = {"BLOCK_M": block_m, "CHUNK": min(next_power_of_2(experts + 1), 1024)}
     with on_device_of(offsets):
-        _schedule_kernel[(1,)](
-            offsets,
-            bounds,
-            tile_bounds,
-            rows,
-            experts,
-            offsets.stride(0),
-            BLOCK_M=block_m,
-            CHUNK=min(next_power_of_2(experts + 1), 1024),
-            num_warps=4,
-            enable_fp_fusion=FP_FUSION,
-        )
+        launch(_schedule_kernel, 1, arguments, constants, 4)
 
 
 @triton.jit

@@ -79,7 +79,7 @@ def test_verdicts_of_experts_are_their_own(plant: Plant, monkeypatch: pytest.Mon
     assert "triton (experts) is wrong for row on cuda:0: as planted" in wrong
     assert len(wrong) == 5, "of five recipes, and of no linear layer"
     chosen = {choice.recipe: choice.backend for choice in report.devices[0].expert_routes}
-    assert chosen["row"] == "cutlass"
+    assert chosen["row"] == "gluon"
     assert chosen["block 128x128"] == "fbgemm"
     assert chosen["block 1x32"] == "eager"
     slow = "only plain torch, which is slow, takes experts in block 1x128, block 1x32"
@@ -113,7 +113,7 @@ def test_one_call_by_its_shape(
     assert f"triton runs {way} experts E=128 M=64 N=1536 K=2048, row, float8_e4m3fn" in out
     assert "fbgemm needs a policy that allows fast accumulation" in out
     assert "cublaslt needs an expert matmul, found linear layers only" in out
-    assert "would run it too: cutlass, eager" in out
+    assert "would run it too: gluon, cutlass, eager" in out
 
 
 def test_one_call_as_data(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,12 +61,15 @@ LIBRARIES = {
 @pytest.mark.parametrize(
     ("changes", "others"),
     [
-        ({}, ("deepgemm", "fbgemm", "mslk", "eager")),
-        ({"recipe": ROW}, ("cutlass", "eager")),
-        ({"recipe": ROW, "accuracy": Accuracy.FAST}, ("fbgemm", "mslk", "cutlass", "eager")),
-        ({"has_bias": True}, ("eager",)),
-        ({"n": 4104}, ("deepgemm", "eager")),
-        ({"experts": 1024, "recipe": ROW}, ("eager",)),
+        ({}, ("gluon", "deepgemm", "fbgemm", "mslk", "eager")),
+        ({"recipe": ROW}, ("gluon", "cutlass", "eager")),
+        (
+            {"recipe": ROW, "accuracy": Accuracy.FAST},
+            ("gluon", "fbgemm", "mslk", "cutlass", "eager"),
+        ),
+        ({"has_bias": True}, ("gluon", "eager")),
+        ({"n": 4104}, ("gluon", "deepgemm", "eager")),
+        ({"experts": 1024, "recipe": ROW}, ("gluon", "eager")),
     ],
 )
 def test_libraries_stand_behind_our_kernels_in_a_stated_order(
@@ -78,7 +81,7 @@ def test_libraries_stand_behind_our_kernels_in_a_stated_order(
 
     assert (decision.backend, decision.others) == ("triton", others)
     refused = dict(decision.refusals)
-    for name in ("deepgemm", "fbgemm", "mslk", "cutlass"):
+    for name in ("gluon", "deepgemm", "fbgemm", "mslk", "cutlass"):
         assert (name in refused) != (name in others)
 
 
@@ -155,8 +158,8 @@ def test_a_forced_backend_raises_its_own_error(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_forced_backend_that_refuses_says_so_also_without_rows() -> None:
-    with pytest.raises(BackendUnavailableError, match=re.escape("gluon needs an expert matmul")):
-        make_call("batched", ROW, 3, 8, 16, 0).run(backend="gluon")
+    with pytest.raises(BackendUnavailableError, match=re.escape("torchao needs an expert matmul")):
+        make_call("batched", ROW, 3, 8, 16, 0).run(backend="torchao")
 
 
 def test_names_with_experts_lead_to_their_own_backend() -> None:

@@ -131,10 +131,10 @@ def test_a_fault_is_caught(fault: Fault) -> None:
 
 
 def test_a_backend_that_takes_nothing_is_not_applicable() -> None:
-    result = canary(Missing("gluon"))
+    result = canary(Missing("cublaslt"))
 
     assert not result.applicable
-    assert "gluon needs an expert matmul" in result.reason
+    assert "cublaslt needs an expert matmul" in result.reason
 
 
 def test_ways_that_a_backend_refuses_are_left_out() -> None:

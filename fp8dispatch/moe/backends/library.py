@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fp8dispatch.backends.library import refuse_operands
-from fp8dispatch.errors import BackendUnavailableError, Refusal
+from fp8dispatch.errors import Refusal
 from fp8dispatch.moe.backends.contract import ExpertBackend
 from fp8dispatch.problem import ExpertsProblem, LinearProblem
-from fp8dispatch.recipe import Granularity, Recipe
+from fp8dispatch.recipe import Granularity
 
 _MOST_ELEMENTS = 2**31
 
@@ -20,17 +20,6 @@ class GroupedLibrary(ExpertBackend):
 
     weight_dtypes = frozenset({"float8_e4m3fn"})
     out_dtypes = frozenset({"bfloat16"})
-
-    def require(self, recipe: Recipe) -> None:
-        """Load the library.
-
-        Raises:
-            BackendUnavailableError: with the refusals of `loadable`.
-        """
-        reasons = self.loadable(recipe)
-        if reasons:
-            told = "; ".join(f"{self.name} {reason}" for reason in reasons)
-            raise BackendUnavailableError(f"{told}; exclude it or repair the installation")
 
 
 def refuse_grouped(
