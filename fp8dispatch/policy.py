@@ -108,6 +108,7 @@ _in_context: ContextVar[Statement | None] = ContextVar("fp8dispatch_policy", def
 in_context = _in_context.get  # what `use_backend` states here and now; read in every call
 _of_process = _NOTHING
 _of_environment: Statement | None = None
+_reloads = 0
 
 dgrad_stated = ""
 """All that is stated, as a text, while anything about dgrad is. The guards of torch.compile compare
@@ -186,8 +187,9 @@ def state_for_process(statement: Statement) -> None:
 
 def reload_environment() -> None:
     """Forget what the environment said; the next call reads it again."""
-    global _of_environment
+    global _of_environment, _reloads
     _of_environment = None
+    _reloads += 1
     _restate()
     generation.renew()
 
@@ -292,7 +294,8 @@ def _restate() -> None:
     global dgrad_stated
     said = (_in_context.get(), _of_process, _of_environment)
     relevant = any(one is not None and one.dgrad is not None for one in said)
-    dgrad_stated = repr(said) if relevant else ""
+    unread = _reloads if _of_environment is None else 0  # what it will say is not known yet
+    dgrad_stated = repr((said, unread)) if relevant or unread else ""
 
 
 def _parse_switch(text: str, what: str) -> bool:

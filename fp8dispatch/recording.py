@@ -15,15 +15,8 @@ def dgrad_of(x: torch.Tensor, backend: str | None) -> str:
     """What a call over activations x carries; empty where no gradient of x is recorded."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return ""
-    _read_environment()  # before what it states is compared
     text: str = _text_of(backend, policy.dgrad_stated)
     return text
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # as torch has it
-def _read_environment() -> bool:
-    policy.resolve(None, registry.NAMES)
-    return True
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # as torch has it

@@ -134,13 +134,23 @@ def test_what_is_stated_later_holds_later(
     else:
         monkeypatch.setenv(policy.DGRAD_VARIABLE, "fp8")
         policy.reload_environment()
-        with pytest.raises(ConfigurationError, match="compile it again"):
-            run(x)
-        torch._dynamo.reset()
         assert torch.equal(gradients(run, x, grad), fp8)
         monkeypatch.delenv(policy.DGRAD_VARIABLE)
         policy.reload_environment()
     assert torch.equal(gradients(run, x, grad), usual)
+
+
+def test_an_environment_that_was_not_read_yet_is_read_once(
+    linear: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(policy.DGRAD_VARIABLE, "fp8")
+    policy.reload_environment()
+    counter = CompileCounterWithBackend("eager")
+    run = compiled(linear, counter)
+    x, grad = example()
+    for _ in range(2):
+        assert torch.equal(gradients(run, x, grad), gradients(linear, x, grad))
+    assert counter.frame_count == 1
 
 
 def test_backward_honours_the_policy_that_forward_ran_under(linear: Call) -> None:

@@ -68,22 +68,16 @@ class Gluon(LibraryBackend):
         ):
             need = "blocks whose sides are multiples of 128 (or all of N or K)"
             refusals.append(Refusal("block-size", need, str(problem.recipe)))
-        return refusals + refuse_layout(problem)
+        if not problem.weight_row_major:
+            refusals.append(Refusal("layout", "a row-major weight [N, K]", "other strides"))
+        if not problem.aligned:
+            need = "weight memory and rows aligned to 16 bytes"
+            refusals.append(Refusal("alignment", need, "an odd address or row stride"))
+        return refusals
 
     def _load(self) -> tuple[Refusal, ...]:
         self._kernels = import_module("fp8dispatch.kernels.hopper_launch")
         return ()
-
-
-def refuse_layout(problem: LinearProblem) -> list[Refusal]:
-    """Refusals of a weight that bulk copies cannot read."""
-    refusals: list[Refusal] = []
-    if not problem.weight_row_major:
-        refusals.append(Refusal("layout", "a row-major weight [N, K]", "other strides"))
-    if not problem.aligned:
-        need = "weight memory and rows aligned to 16 bytes"
-        refusals.append(Refusal("alignment", need, "an odd address or row stride"))
-    return refusals
 
 
 BACKEND = Gluon()

@@ -110,8 +110,9 @@ def gemm_config(
     if kind == "wide":
         return HopperConfig("wide", 128, 256, stages=4, even=even)
     blocks = ceil_div(ceil_div(k, 128), split)
-    whole = next((unroll for unroll in (8, 7, 6, 5, 4) if blocks % unroll == 0), None)
-    # Two long bodies, one of them for the tail, beside a long epilogue: Triton 3.6 spills there.
+    # Bodies of five spill a register or two, and with Triton 3.6 so do two long bodies, one of them
+    # for the tail, beside a long epilogue.
+    whole = next((unroll for unroll in (8, 7, 6, 4) if blocks % unroll == 0), None)
     longest = 4 if masked or kind == "split" else 8
     unroll = whole or min(longest, blocks)
     if kind == "square":

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fp8dispatch.formats import max_value
 from fp8dispatch.pack.decoding import decode_into
+from fp8dispatch.pack.scheme import Scheme
 from fp8dispatch.pack.strips import QuantizedBand
 from fp8dispatch.pack.tiling import Tiling
 from fp8dispatch.recipe import ceil_div
@@ -133,11 +134,12 @@ class BandMeter:
 
     Args:
         tiling: of the whole weight.
-        dtype: FP8 dtype of the weight, by its torch name: E4M3 or its FNUZ form.
+        scheme: of the weight, in E4M3 or its FNUZ form.
     """
 
-    def __init__(self, tiling: Tiling, dtype: str) -> None:
-        self._tiling, self._limit = tiling, max_value(getattr(torch, dtype))
+    def __init__(self, tiling: Tiling, scheme: Scheme) -> None:
+        self._tiling, self._limit = tiling, max_value(getattr(torch, scheme.dtype))
+        self._clips = scheme.scale_dtype in ("bfloat16", "float16")
         shape = (tiling.band, tiling.k)
         self._error = torch.empty(shape, dtype=torch.float32)
         self._half = torch.empty(shape, dtype=torch.int16)
@@ -155,14 +157,15 @@ class BandMeter:
         """
         wide = band.values
         assert wide is not None  # the quantiser was told to keep them
-        peak = float(band.amax.max())
+        least, peak = (float(one) for one in torch.aminmax(band.amax))
+        scale_min, scale_max = (float(one) for one in torch.aminmax(band.multipliers))
         sums = Sums(
             values=wide.numel(),
             amax=peak,
-            scale_min=float(band.multipliers.min()),
-            scale_max=float(band.multipliers.max()),
-            zero_blocks=self._zero_blocks(band, first_row),
-            clipped=self._clipped(wide, band),
+            scale_min=scale_min,
+            scale_max=scale_max,
+            zero_blocks=self._zero_blocks(band, first_row) if least == 0 else 0,
+            clipped=self._clipped(wide, band) if self._clips else 0,
             flushed=self._flushed(wide, band),
             sample=[self._sample(wide, first_row)],
         )
@@ -216,7 +219,7 @@ class BandMeter:
         return int(torch.count_nonzero(truth) - torch.count_nonzero(pieces[found]))
 
     def _clipped(self, wide: torch.Tensor, band: QuantizedBand) -> int:
-        """Values beyond the format's range; only scales that were rounded down can have any."""
+        """Values beyond the format's range, under scales that may have been rounded down."""
         if bool((band.amax <= band.multipliers * (self._limit * _CLIP_TOLERANCE)).all()):
             return 0
         clipped = 0

@@ -125,7 +125,7 @@ def _quantize_unit(
     module = weight.module
     where = f"{weight.origin.path}: tensor {weight.origin.name!r}"
     quantizer = BandQuantizer(tiling, module.scheme, where, how, keep=measured)
-    meter = BandMeter(tiling, module.scheme.dtype) if measured else None
+    meter = BandMeter(tiling, module.scheme) if measured else None
     values = weight.source.read(top, bottom)
     sums = Sums() if measured else None
     scales = []

@@ -147,6 +147,7 @@ MORE: dict[str, Any] = {
     "wide_fp16": lambda: call(8192, 8192, 8192, out_dtype="float16"),
     "wide_short": lambda: call(130, 264, 128, config=wide(130, 128)),
     "square": lambda: call(256, 7168, 16384),
+    "square_odd": lambda: call(4096, 4200, 7024, bias=True),
     "square_row": lambda: call(256, 7168, 16384, recipe=ROW, bias=True),
     "square_fp32": lambda: call(130, 272, 1664, out_dtype="float32", config=square(130, 1664)),
     "square_short": lambda: call(130, 272, 128, config=square(130, 128)),

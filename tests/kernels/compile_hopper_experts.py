@@ -38,14 +38,17 @@ class Recorder:
         recorder = self
 
         def compile_only(
-            kernel: gluon_launch.Kernel, grid: Any, views: Any, rest: Any, device: int
+            kernel: gluon_launch.Kernel, grid: Any, views: Any, rest: Any, device: int, **_: Any
         ) -> None:
             made = kernel._function.warmup(
                 *kernel._descriptors(views), *rest, grid=(1,), **kernel._options
             )
             recorder.compiled[made.metadata.name] = made
 
-        gluon_launch.Kernel.__call__ = compile_only  # type: ignore[method-assign]
+        # Plain Triton kernels are launched by the same function, be it a base class's.
+        kinds = gluon_launch.Kernel.__mro__
+        owner: Any = next(kind for kind in kinds if "__call__" in vars(kind))
+        owner.__call__ = compile_only
 
 
 def call(

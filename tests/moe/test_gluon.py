@@ -11,7 +11,7 @@ from fp8dispatch.errors import Refusal
 from fp8dispatch.kernels.hopper_experts_config import LONGEST_ROW
 from fp8dispatch.moe.backends.gluon import BACKEND
 from fp8dispatch.problem import ExpertsProblem
-from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR
+from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR, Granularity, Recipe
 from tests.backends.cases import A100, B200, CPU, GROUPS, H200, ROCM_9_0, having, told
 from tests.moe.cases import make_call
 
@@ -37,8 +37,12 @@ def test_it_runs_on_hopper_with_a_known_triton_alone() -> None:
         ({"m": 2**24, "n": 2**14}, []),
         ({"k": 7176}, ["align-k: needs K a multiple of 16, found K=7176"]),
         ({"recipe": GROUPS}, ["block-size: needs blocks 128x128, found block 1x128"]),
-        ({"weight_row_major": False}, ["layout: needs a row-major weight [N, K], found other "
+        ({"weight_row_major": False}, ["layout: needs row-major weights [E, N, K], found other "
                                        "strides"]),
+        ({"aligned": False}, ["alignment: needs weight memory and rows aligned to 16 bytes, found "
+                              "an odd address or row stride"]),
+        ({"recipe": Recipe(Granularity.BLOCK, (256, 128))}, ["block-size: needs blocks 128x128, "
+                                                             "found block 256x128"]),
         ({"weight_dtype": "float8_e5m2"}, ["weight-dtype: needs weight dtype float8_e4m3fn, "
                                            "found float8_e5m2"]),
         (

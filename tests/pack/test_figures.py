@@ -22,7 +22,7 @@ def measured(weight: torch.Tensor, scheme: Scheme) -> TensorFigures:
     tiling = Tiling.of(scheme, shape)
     amax = amax_of(weight) if scheme.recipe == TENSOR else None
     quantizer = BandQuantizer(tiling, scheme, keep=True)
-    meter, sums = BandMeter(tiling, scheme.dtype), Sums()
+    meter, sums = BandMeter(tiling, scheme), Sums()
     for top, bottom in tiling.bands():
         band = quantizer.quantize(weight[top:bottom], amax)
         sums.merge(meter.measure(band, top))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from fp8dispatch.backends.deferred import computed_in
 from fp8dispatch.backends.gluon import BACKEND as LINEAR
-from fp8dispatch.backends.gluon import refuse_layout
 from fp8dispatch.errors import Refusal
 from fp8dispatch.kernels.hopper_experts_config import LONGEST_ROW
 from fp8dispatch.kernels.requirements import refuse_gluon
@@ -33,18 +32,22 @@ class Gluon(ExpertBackend):
     capabilities = LINEAR.capabilities
     verified_capabilities = ()  # not run on a GPU yet: its first run is in a child process
     weight_dtypes = frozenset({"float8_e4m3fn"})
-    out_dtypes = LINEAR.out_dtypes
-    align_k = LINEAR.align_k
+    align_k = 16
     experts = computed_in("fp8dispatch.moe.backends.compute.gluon")
 
     def refuse_machine(self, machine: Machine) -> tuple[Refusal, ...]:
         return refuse_gluon(machine)
 
     def refuse_call(self, problem: LinearProblem, machine: Machine) -> list[Refusal]:
-        refusals = refuse_layout(problem)
-        whole_rows = problem.recipe.granularity is not Granularity.BLOCK
-        if not whole_rows and problem.recipe != BLOCK_128:
+        refusals: list[Refusal] = []
+        if problem.recipe.granularity is Granularity.BLOCK and problem.recipe != BLOCK_128:
             refusals.append(Refusal("block-size", "blocks 128x128", str(problem.recipe)))
+        if not problem.weight_row_major:
+            refusals.append(Refusal("layout", "row-major weights [E, N, K]", "other strides"))
+        if not problem.aligned:
+            need = "weight memory and rows aligned to 16 bytes"
+            refusals.append(Refusal("alignment", need, "an odd address or row stride"))
+        whole_rows = problem.recipe.granularity is not Granularity.BLOCK
         if whole_rows and not problem.static_activation and problem.k > LONGEST_ROW:
             need = f"K up to {LONGEST_ROW} where a row has one computed scale"
             refusals.append(Refusal("size", need, f"K={problem.k}"))
