@@ -43,7 +43,7 @@ def measure(session: Session, m: int, weight: Weight, recipe: str) -> Row:
     chosen = operands.explain(None).backend
     check = operands.check(chosen)
     checked, timer = Checked(), session.timer
-    with torch.inference_mode():
+    with torch.no_grad():
         checked.try_arm("eager", partial(layer, operands.x), check)
         checked.try_arm("compiled", partial(compiled, operands.x), check)
         device = {

@@ -1,7 +1,7 @@
 """Pictures of results of `linear`, `gemm` and `decode`: ``python -m bench plot RESULT.json ...``.
 
 For each recipe, beside the result: TFLOP/s against M under the roofline, microseconds at small M
-over the memory floor, and the speed-up over bf16. A column for each weight that was timed at three
+over the memory floor, and the speed-up over bf16. A panel for each weight that was timed at three
 or more M. Device times: graph replay with L2 flushed (`linear`, `gemm`), cold chains (`decode`).
 The automatic choice is the dashed black line.
 
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 SMALL = 64
 FEWEST = 3  # numbers of rows that make a line
-MOST_COLUMNS = 6
+MOST_WEIGHTS, ACROSS = 6, 3
+TICKS = (50, 100, 200, 500, 1000, 2000)
 # Okabe and Ito's palette, told apart with any kind of colour vision; the marker says it again.
 STYLES: dict[str, tuple[str, str]] = {
     "gluon": ("#0072b2", "o"),
@@ -125,7 +126,7 @@ def columns(lines: Sequence[Line]) -> dict[tuple[int, int], list[Line]]:
     for line in sorted(lines, key=lambda one: one.m):
         found.setdefault((line.n, line.k), []).append(line)
     enough = {weight: some for weight, some in found.items() if len(some) >= FEWEST}
-    return dict(list(enough.items())[:MOST_COLUMNS])
+    return dict(list(enough.items())[:MOST_WEIGHTS])
 
 
 class Picture(NamedTuple):
@@ -211,20 +212,26 @@ def _draw(
     roof: Roof,
     title: str,
 ) -> None:
+    across = min(len(weights), ACROSS)
+    down = -(-len(weights) // across)
     figure, axes = plt.subplots(
-        1,
-        len(weights),
-        figsize=(max(3.2 * len(weights), 6.4), 4.2),
+        down,
+        across,
+        figsize=(max(4.2 * across, 6.4), 3.2 * down + 1.2),
+        sharey=picture.log,
         squeeze=False,
         layout="constrained",
     )
-    for axis, ((n, k), lines) in zip(axes[0], weights.items(), strict=True):
+    for axis in axes.flat[len(weights) :]:
+        axis.set_axis_off()
+    for axis, ((n, k), lines) in zip(axes.flat, weights.items(), strict=False):
         _draw_weight(axis, picture, lines, roof)
         axis.set_title(f"N={n} K={k}", fontsize=9)
-        axis.set_xlabel("M")
-    axes[0][0].set_ylabel(picture.label)
+        axis.set_xlabel("M", fontsize=8)
+    for row in axes:
+        row[0].set_ylabel(picture.label)
     handles: dict[str, Any] = {}
-    for axis in axes[0]:
+    for axis in axes.flat:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6)
     figure.suptitle(title, fontsize=10)
@@ -251,7 +258,7 @@ def _draw_weight(axis: Axes, picture: Picture, lines: Sequence[Line], roof: Roof
             marker=marker or None,
             markersize=4,
             linewidth=1.2,
-            linestyle="--" if automatic else "-",
+            linestyle="--" if automatic else "-." if name.endswith("_tile") else "-",
             zorder=3 if automatic else 2,
         )
     bounds = [(line.m, bound) for line in lines if (bound := picture.bound(roof, line)) is not None]
@@ -269,6 +276,8 @@ def _draw_weight(axis: Axes, picture: Picture, lines: Sequence[Line], roof: Roof
     axis.minorticks_off()
     if picture.log:
         axis.set_yscale("log")
+        axis.set_yticks(TICKS, [str(tick) for tick in TICKS])
+        axis.minorticks_off()
     else:
         axis.set_ylim(bottom=0)
     axis.grid(alpha=0.25)

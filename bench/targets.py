@@ -10,6 +10,7 @@ of both arms as what a repetition may change.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,8 +38,9 @@ class Target(NamedTuple):
         name: in a few words.
         formula: what is computed, in words.
         threshold: what it must come to.
-        suite: whose result file decides.
-        outcome: computes it from the parsed file; None where the file has no point for it.
+        suite: whose result file decides; with a dot, a log: ``sanitizer.txt``.
+        outcome: computes it from the parsed file, of a log from ``{"text": ...}``; None where the
+            file has no point for it.
     """
 
     name: str
@@ -245,6 +247,19 @@ def _each(ratios: Callable[[Result], Any], least: float) -> Callable[[Result], O
     return lambda result: each_at_least(ratios(result), least)
 
 
+def _log(*good: str, bad: str = "") -> Callable[[Result], Outcome | None]:
+    """A log that has a line of each pattern of `good`, and none of `bad`."""
+
+    def outcome(result: Result) -> Outcome:
+        text = result["text"]
+        found = [re.search(pattern, text) for pattern in good]
+        wrong = re.search(bad, text) if bad else None
+        told = "; ".join(match[0] for match in (*found, wrong) if match is not None)
+        return Outcome(all(found) and wrong is None, told or "none of the lines that it needs")
+
+    return outcome
+
+
 FEW, MANY, ANY = (1, 64), (256, 1 << 62), (1, 1 << 62)
 TARGETS: tuple[Target, ...] = (
     Target("block GEMM against DeepGEMM", "geometric mean, M >= 256", ">= 1.00, aim 1.05",
@@ -306,15 +321,37 @@ TARGETS: tuple[Target, ...] = (
            "experts", _prefill_hub),
     Target("experts, decode", "against a kernel that reads the distinct experts, each point",
            "within 1.4", "experts", _expert_decode),
+    Target("GPU suite", "its summary", "passed, nothing failed", "suite.txt",
+           _log(r"\d+ passed.*", bad=r"\d+ (failed|error).*")),
+    *(
+        Target(f"{tool} of the {kernels} kernels", "compute-sanitizer's summary",
+               summary, f"{log}{name}.txt",
+               _log(r"numbers right", summary, bad=r"SUMMARY: [1-9].*"))
+        for tool, log, summary in (("memcheck", "sanitizer", "ERROR SUMMARY: 0 errors"),
+                                   ("racecheck", "racecheck", "RACECHECK SUMMARY: 0 hazards"))
+        for kernels, name in (("Triton", ""), ("Hopper", "-gluon"))
+    ),
 )  # fmt: skip
+
+HELD_BY_TESTS = {
+    "bitwise repeatable, NaN-poisoned outputs and workspaces": "tests/gpu/test_gluon.py",
+    "simulated decisions of the doctor for twelve machines": "tests/doctor/test_machines.py",
+    "two processes, a killed probe, a read-only home, a full disk, a corrupt cache":
+        "tests/probes/test_store.py",
+    "a whole FP8Experts in a graph whose routing changes": "tests/gpu/test_experts_module.py",
+    "bad input to experts": "tests/moe/test_matmul_errors.py",
+}  # fmt: skip
+"""What no figure says: target -> the tests that hold it."""
 
 
 def judge(target: Target, results: Path, prefix: str) -> tuple[str, str]:
     """("reached" | "MISSED" | "not measured", the figure or why there is none)."""
-    path = results / f"{prefix}-{target.suite}.json"
+    is_log = "." in target.suite
+    path = results / f"{prefix}-{target.suite}{'' if is_log else '.json'}"
     if not path.exists():
         return "not measured", f"no {path.name}"
-    result = json.loads(path.read_text("utf-8"))
+    text = path.read_text("utf-8")
+    result = {"text": text} if is_log else json.loads(text)
     if result.get("rehearsal"):
         return "not measured", f"{path.name} is a rehearsal"
     outcome = target.outcome({"suite": target.suite, **result})
@@ -336,6 +373,8 @@ def main(arguments: list[str]) -> int:
         state, text = judge(target, results, prefix)
         counts[state] += 1
         print(f"{state:12} {target.name}: {target.formula}: {target.threshold}\n{'':13}{text}")
+    for what, where in HELD_BY_TESTS.items():
+        print(f"{'by tests':12} {what}: {where}")
     print(", ".join(f"{count} {state}" for state, count in counts.items()))
     return 1 if counts["MISSED"] else 0
 

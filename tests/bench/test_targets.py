@@ -11,7 +11,7 @@ import pytest
 from bench import targets
 from bench.ratios import Ratio, collect, each_at_least, mean_at_least
 from bench.suites import SUITES
-from bench.targets import TARGETS, Target
+from bench.targets import HELD_BY_TESTS, TARGETS, Target
 from tests.bench.results import CEILINGS, figures, linear_row, result
 
 BLOCK = "block 128x128"
@@ -30,12 +30,49 @@ def gemm(us: dict[str, float], spread: float = 0.0, m: int = 4096) -> dict[str, 
 
 
 def test_every_target_has_a_suite_and_says_what_it_asks() -> None:
-    assert {target.suite for target in TARGETS} <= set(SUITES)
+    assert {target.suite for target in TARGETS if "." not in target.suite} <= set(SUITES)
+    assert all((targets.RESULTS.parent.parent / path).exists() for path in HELD_BY_TESTS.values())
     assert all(target.name and target.formula and target.threshold for target in TARGETS)
     assert len({(one.name, one.formula, one.threshold) for one in TARGETS}) == len(TARGETS)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.name}, {target.threshold}")
+@pytest.mark.parametrize(
+    ("name", "text", "state"),
+    [
+        ("GPU suite", "1616 passed, 50 skipped in 115.21s", "reached"),
+        ("GPU suite", "1 failed, 1615 passed", "MISSED"),
+        ("GPU suite", "", "MISSED"),
+        (
+            "memcheck of the Triton kernels",
+            "90 calls, numbers right\nERROR SUMMARY: 0 errors",
+            "reached",
+        ),
+        ("memcheck of the Triton kernels", "ERROR SUMMARY: 0 errors", "MISSED"),
+        (
+            "memcheck of the Triton kernels",
+            "numbers right\nERROR SUMMARY: 0 errors\nnumbers right\nERROR SUMMARY: 3 errors",
+            "MISSED",
+        ),
+        (
+            "racecheck of the Hopper kernels",
+            "numbers right\nRACECHECK SUMMARY: 0 hazards displayed (0 errors)",
+            "reached",
+        ),
+    ],
+)
+def test_logs(name: str, text: str, state: str, tmp_path: Path) -> None:
+    (target,) = [one for one in TARGETS if one.name == name]
+    (tmp_path / f"h200-{target.suite}").write_text(text)
+
+    assert targets.judge(target, tmp_path, "h200")[0] == state
+
+
+MEASURED = [target for target in TARGETS if "." not in target.suite]
+
+
+@pytest.mark.parametrize(
+    "target", MEASURED, ids=lambda target: f"{target.name}, {target.threshold}"
+)
 def test_without_a_file_or_without_points_nothing_is_measured(
     target: Target, tmp_path: Path
 ) -> None:
@@ -209,7 +246,7 @@ def test_committed_results_can_be_read(capsys: pytest.CaptureFixture[str]) -> No
     assert targets.main([]) in (0, 1)
     printed = capsys.readouterr().out
     assert "5044 calls, worst bf16 row 52.8 dB" in printed
-    assert printed.count("\n") == 2 * len(TARGETS) + 1
+    assert printed.count("\n") == 2 * len(TARGETS) + len(HELD_BY_TESTS) + 1
 
 
 def test_ratios_name_the_fastest_other_and_its_noise() -> None:
