@@ -52,8 +52,9 @@ def claims(read: Read) -> Iterator[Claim]:
         "MiniLM's token states have a cosine of {} to {} to the original's in the {} forms that "
         "Transformers loads, there and here; its {} weights have an SQNR of {} dB or more at every "
         "granularity. SmolLM2-135M, with FP8 weights and activations, loses {} % of perplexity "
-        "with 128x128 blocks, {} % when the first and last two layers are skipped, and {} % with "
-        "channel scales.",
+        "with 128x128 blocks and {} % with `--keep-ends 2`; with channel scales it loses {} %, "
+        "{} % with `--scales mse` and {} % with both; with groups of 32 and both, {} % ({} tokens, "
+        "standard error {} to {} %).",
         _pipeline,
     )
     yield Claim("`fbgemm` ({}), `deepgemm` ({}) and `torchao` ({}) have run on an H200", _libraries)
@@ -123,19 +124,27 @@ def _pipeline(read: Read) -> tuple[object, ...]:
         row[f"cosine of tokens {where}"] for row in forms for where in ("here", "in transformers")
     ]
     ratios = [row for name, row in rows.items() if name.startswith("MiniLM, SQNR")]
-    small = "SmolLM2-135M, "
-    skipped = f"{small}block128, without the first two and last two of 30 layers"
-    lost = [
-        rounded(100 * (rows[name]["ratio"] - 1), 1)
-        for name in (f"{small}block128", skipped, f"{small}channel")
-    ]
+    mse, both = "--scales mse", "--scales mse --keep-ends 2"
+    packed = (
+        "block128",
+        "block128, --keep-ends 2",
+        "channel",
+        f"channel, {mse}",
+        f"channel, {both}",
+        f"group32, {both}",
+    )
+    small = [rows[f"SmolLM2-135M, {how}"] for how in packed]
+    errors = [row["standard error"] for row in small]
     return (
         rounded(min(cosines), 4),
         rounded(max(cosines), 4),
         _WORDS[len(forms)],
         *{row["modules"] for row in ratios},
         rounded(min(row["worst SQNR, dB"] for row in ratios), 1),
-        *lost,
+        *(rounded(100 * (row["ratio"] - 1), 1) for row in small),
+        *{row["tokens"] for row in small},
+        rounded(100 * min(errors), 1),
+        rounded(100 * max(errors), 1),
     )
 
 

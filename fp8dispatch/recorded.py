@@ -11,6 +11,7 @@ raises: it never runs a graph of another policy.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 from fp8dispatch.errors import ConfigurationError
 from fp8dispatch.policy import Policy
@@ -21,26 +22,19 @@ def encode(allowed: Policy) -> str:
     """A policy as a text; only "dequantized" where dX needs to know no more."""
     if allowed.dgrad is Dgrad.DEQUANTIZED:
         return Dgrad.DEQUANTIZED.value
-    return json.dumps(
-        [
-            allowed.only,
-            allowed.excluded,
-            allowed.accuracy.value,
-            allowed.batch_invariant,
-            allowed.source,
-        ],
-        separators=(",", ":"),
-    )
+    said = asdict(allowed) | {"accuracy": allowed.accuracy.value}
+    del said["dgrad"]
+    return json.dumps(said, separators=(",", ":"))
 
 
 def decode(text: str) -> Policy | None:
     """The policy of an FP8 dgrad; None where dX goes through the dequantised weight."""
     if text in ("", Dgrad.DEQUANTIZED.value):
         return None
-    only, excluded, accuracy, invariant, source = json.loads(text)
-    return Policy(
-        tuple(only), tuple(excluded), Accuracy(accuracy), invariant, source, dgrad=Dgrad.FP8
-    )
+    said = json.loads(text)
+    said |= {name: tuple(said[name]) for name in ("only", "excluded")}
+    said |= {"accuracy": Accuracy(said["accuracy"]), "dgrad": Dgrad.FP8}
+    return Policy(**said)
 
 
 def check(text: str, allowed: Policy) -> None:

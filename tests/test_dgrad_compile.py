@@ -187,6 +187,7 @@ def test_the_text_of_a_policy() -> None:
     for allowed in (
         Policy(dgrad=Dgrad.FP8),
         Policy(("triton", "eager"), ("cublaslt",), Accuracy.FAST, True, "use_backend", Dgrad.FP8),
+        Policy(dgrad=Dgrad.FP8, tuned=False),
     ):
         assert recorded.decode(recorded.encode(allowed)) == allowed
         recorded.check(recorded.encode(allowed), allowed)

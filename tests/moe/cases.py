@@ -106,7 +106,7 @@ def make_call(
         oracle.make_weight(n, k, recipe, dtype=weight_dtype, scale_dtype=scale_dtype)
         for _ in range(min(experts, 8))
     ]
-    picked = [made[(7 * expert + 3) % len(made)] for expert in range(experts)]
+    picked = [made[(11 * expert + 3) % len(made)] for expert in range(experts)]
     weight, scale = (torch.stack(parts).to(device) for parts in zip(*picked, strict=True))
     ids = (torch.rand(rows) ** 2 * experts).long()
     if concentrated:
