@@ -30,7 +30,8 @@ from fp8dispatch.pack.plan import plan_checkpoint
 from fp8dispatch.pack.planned import MASTER, Plan, Weight
 from fp8dispatch.pack.quantizing import finish, quantize_weights
 from fp8dispatch.pack.rawio import disk_errors, write_whole
-from fp8dispatch.pack.report import REPORT, Report, report_files
+from fp8dispatch.pack.report import REPORT, Report
+from fp8dispatch.pack.report_files import report_files
 from fp8dispatch.pack.summary import PackSummary, PlanSummary
 
 MOST_WORKERS = 8

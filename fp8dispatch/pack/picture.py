@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
 from fp8dispatch.pack.figures import SUSPICIOUS_SQNR
-
-if TYPE_CHECKING:
-    from fp8dispatch.pack.report import Report
+from fp8dispatch.pack.report import Report
 
 _WIDTH, _HEIGHT, _DPI = 12.0, 7.0, 100
 

@@ -55,7 +55,7 @@ def test_a_report_elsewhere_and_none(tmp_path: Path) -> None:
 def test_without_matplotlib_the_picture_is_left_out_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fp8dispatch.pack.report.find_spec", lambda name: None)
+    monkeypatch.setattr("fp8dispatch.pack.report_files.find_spec", lambda name: None)
     source = write_model(tmp_path / "in", MODEL, CONFIG)
 
     done = pack_checkpoint(source, tmp_path / "out")
