@@ -152,5 +152,7 @@ def quantize_activation(
 def unchecked(data: torch.Tensor, scale: torch.Tensor) -> QuantizedActivation:
     """What our own quantisers made, in every call, without the checks that it passes anyway."""
     made = object.__new__(QuantizedActivation)
-    made.__dict__.update(data=data, scale=scale)
+    # Not made.__dict__.update: the compiler of torch 2.11 does not follow that.
+    object.__setattr__(made, "data", data)
+    object.__setattr__(made, "scale", scale)
     return made
