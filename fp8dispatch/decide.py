@@ -78,6 +78,7 @@ def decide(problem: LinearProblem, device: torch.device, allowed: Policy) -> Dec
         ),
         route,
     )
+    decision = with_tile(decision, allowed, tuned)
     counters.cold_decisions += 1
     counters.chosen[decision.backend] = counters.chosen.get(decision.backend, 0) + 1
     if capturing:
@@ -145,6 +146,18 @@ def found_wrong(name: str, tuned: TunedRoute | None) -> Standing | None:
     """The standing of a backend whose numbers were wrong while this size was tuned; else None."""
     reason = None if tuned is None else tuned.wrong.get(name)
     return None if reason is None else Standing("wrong", f"tuning found {reason}", usable=False)
+
+
+def with_tile(decision: Decision, allowed: Policy, tuned: TunedRoute | None) -> Decision:
+    """The decision with the tile that was stated or tuned for its backend, if there is one.
+
+    A batch-invariant call keeps the backend's own choice, and so do experts: both are never tuned.
+    """
+    tile = allowed.tile or (None if tuned is None else tuned.tiles.get(decision.backend))
+    problem = decision.problem
+    if tile is None or problem.batch_invariant or problem.family:
+        return decision
+    return replace(decision, problem=replace(problem, tile=tile))
 
 
 def put_aside(

@@ -6,7 +6,7 @@ recomputation and the backward, which may run on other threads, all mean the sam
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -83,7 +83,8 @@ def after_failure(
     Raises:
         Exception: `error` itself, where it is the caller's to deal with (see `put_aside`).
     """
-    return _attempt(x, weight, bias, static, problem, call, (error, decision))
+    asked = replace(problem, tile=None)  # the tile was the failed backend's
+    return _attempt(x, weight, bias, static, asked, call, (error, decision))
 
 
 def _attempt(
@@ -107,12 +108,13 @@ def _attempt(
         if problem.m == 0:  # decided all the same: a forced backend that refuses must say so
             return torch.empty(shape, dtype=call.out_dtype, device=x.device)
         backend = registry.load(decision.backend)
+        decided = decision.problem  # with what was decided beside the backend
         counters.calls += 1
         try:
             if call.quantized is not None:
-                out = backend.matmul(call.quantized, weight, bias, problem)
+                out = backend.matmul(call.quantized, weight, bias, decided)
             else:
-                out = backend.linear(x.reshape(problem.m, problem.k), weight, bias, static, problem)
+                out = backend.linear(x.reshape(problem.m, problem.k), weight, bias, static, decided)
         except Exception as raised:
             # Any library's failure: raised where it is the caller's, else another backend's turn.
             allowed = put_aside(raised, decision, x.device, allowed)

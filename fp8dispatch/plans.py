@@ -159,6 +159,7 @@ class Plan:
                 self.by_rows.clear()
             backend = registry.load(decision.backend)
             operand = Weight(weight, self.scale_fp32, call.recipe, self.scale_fp32)
+            problem = decision.problem  # with what was decided beside the backend
             settled = backend.settled(operand, self.static_fp32, problem, self.device)
             self.by_rows[m] = problem, decision, backend.linear, settled
 

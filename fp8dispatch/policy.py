@@ -35,6 +35,7 @@ from typing import Any, TypeVar
 
 from fp8dispatch import generation
 from fp8dispatch.errors import ConfigurationError, UnknownBackendError
+from fp8dispatch.kernels.tile import Tile
 from fp8dispatch.problem import Accuracy, Dgrad
 
 BACKEND_VARIABLE = "FP8DISPATCH_BACKEND"
@@ -63,6 +64,7 @@ class Policy:
         source: who said so, for explanations: "default", "argument backend=" and the like.
         dgrad: how the gradient of X is computed; FP8 runs or the forward call raises.
         tuned: the orders that were measured on this machine come before the default ones.
+        tile: the tile that the chosen backend uses; stated by tuning alone, while it measures.
     """
 
     only: tuple[str, ...] = ()
@@ -72,6 +74,7 @@ class Policy:
     source: str = "default"
     dgrad: Dgrad = Dgrad.DEQUANTIZED
     tuned: bool = True
+    tile: Tile | None = None
 
     @property
     def forced(self) -> bool:
@@ -93,6 +96,7 @@ class Statement:
         batch_invariant: whether results may depend on the number of rows.
         dgrad: how the gradient of X is computed.
         tuned: whether tuned orders are followed.
+        tile: the tile that the chosen backend uses.
     """
 
     backends: str | None = None
@@ -100,6 +104,7 @@ class Statement:
     batch_invariant: bool | None = None
     dgrad: Dgrad | None = None
     tuned: bool | None = None
+    tile: Tile | None = None
 
 
 _NOTHING = Statement()
@@ -133,11 +138,12 @@ def resolve(backend: str | None, known: tuple[str, ...]) -> Policy:
     invariant = next(stated, False)
     dgrad = next((said.dgrad for _, said in places if said.dgrad), Dgrad.DEQUANTIZED)
     tuned = next((said.tuned for _, said in places if said.tuned is not None), True)
+    tile = next((said.tile for _, said in places if said.tile), None)
     for source, said in places:
         if said.backends is not None:
             only, excluded = parse_backends(said.backends, known)
-            return Policy(only, excluded, accuracy, invariant, source, dgrad, tuned)
-    return Policy(accuracy=accuracy, batch_invariant=invariant, dgrad=dgrad, tuned=tuned)
+            return Policy(only, excluded, accuracy, invariant, source, dgrad, tuned, tile)
+    return Policy(accuracy=accuracy, batch_invariant=invariant, dgrad=dgrad, tuned=tuned, tile=tile)
 
 
 def statements(known: tuple[str, ...]) -> tuple[tuple[str, Statement], ...]:
@@ -165,6 +171,7 @@ def enter(statement: Statement) -> Token[Statement | None]:
             else statement.batch_invariant,
             statement.dgrad or outer.dgrad,
             outer.tuned if statement.tuned is None else statement.tuned,
+            statement.tile or outer.tile,
         )
     )
     _restate()

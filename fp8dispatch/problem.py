@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
+from fp8dispatch.kernels.tile import Tile
 from fp8dispatch.recipe import Recipe
 
 FLOAT8_NAMES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
@@ -54,6 +55,8 @@ class LinearProblem:
         batch_invariant: a row's result may depend on no other row, nor on M.
         gradient: the product is dX [M, N] = dY [M, K] @ W, with dY in the place of X and the
             transposed weight in that of the weight (`fp8dispatch.dgrad`).
+        tile: the tile that tuning found for the backend that was chosen; None leaves it to the
+            backend. A decision sets it; it is no part of what is asked.
     """
 
     family: ClassVar[str] = ""
@@ -73,6 +76,7 @@ class LinearProblem:
     accuracy: Accuracy = Accuracy.EXACT
     batch_invariant: bool = False
     gradient: bool = field(default=False, kw_only=True)
+    tile: Tile | None = field(default=None, kw_only=True)
 
     def __str__(self) -> str:
         gradient = "the gradient of X as " if self.gradient else ""

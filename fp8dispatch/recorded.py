@@ -23,7 +23,7 @@ def encode(allowed: Policy) -> str:
     if allowed.dgrad is Dgrad.DEQUANTIZED:
         return Dgrad.DEQUANTIZED.value
     said = asdict(allowed) | {"accuracy": allowed.accuracy.value}
-    del said["dgrad"]
+    del said["dgrad"], said["tile"]  # tiles are stated by tuning alone, which records no gradient
     return json.dumps(said, separators=(",", ":"))
 
 

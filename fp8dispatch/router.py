@@ -146,6 +146,8 @@ class Decision:
             f"{self.backend} runs {self.problem} on {self.machine} ({self.decided_by})",
             f"  order: {self.route}",
         ]
+        if self.problem.tile is not None:
+            lines.append(f"  tile: {self.problem.tile}")
         if self.standing is not None:
             lines.append(f"  numbers: {self.standing.verdict}, {self.standing.reason}")
         lines += [f"  {line}" for line in _render(self.refusals)]

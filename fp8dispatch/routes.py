@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 
+from fp8dispatch.kernels.tile import Tile
 from fp8dispatch.machine import Machine
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.recipe import ceil_div
@@ -63,11 +64,13 @@ class TunedRoute:
         order: backends, the fastest first; empty where nothing says so.
         source: where that comes from, for explanations.
         wrong: backend -> what was wrong with its numbers; it must not run the call.
+        tiles: backend -> the tile that it was the fastest with, where that is not its own choice.
     """
 
     order: tuple[str, ...]
     source: str
     wrong: Mapping[str, str] = field(default_factory=dict)
+    tiles: Mapping[str, Tile] = field(default_factory=dict)
 
 
 def tiles(problem: LinearProblem) -> int:

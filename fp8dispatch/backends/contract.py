@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from fp8dispatch.kernels.tile import Tile
     from fp8dispatch.quantization.activation import QuantizedActivation
 
 
@@ -231,6 +232,14 @@ class Backend(Capability):
         memory; the function keeps neither weight nor bias alive. None where it would save nothing.
         """
         return None
+
+    def tiles(self, problem: LinearProblem, device: torch.device) -> tuple[Tile, ...]:
+        """What `tune` may try as ``problem.tile`` beside the backend's own choice.
+
+        Each must give the same bits; it is compared with the backend's own choice before it is
+        timed. None of them is offered by a backend that does not look at ``problem.tile``.
+        """
+        return ()
 
     @abstractmethod
     def matmul(

@@ -27,6 +27,7 @@ class Triton(Backend):
     batch_invariant = True
     matmul = computed_in("fp8dispatch.backends.compute.triton")
     settled = computed_in("fp8dispatch.backends.compute.triton")
+    tiles = computed_in("fp8dispatch.backends.compute.triton")
 
     def refuse_machine(self, machine: Machine) -> tuple[Refusal, ...]:
         return refuse_machine(machine)

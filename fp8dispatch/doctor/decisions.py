@@ -234,11 +234,14 @@ class Examination:
                 self._refused(problem, name, tuned) for name in self.allowed.order(order)
             )
             return chosen.model_copy(update={"error": str(error), "passed_over": passed_over}), None
+        decision = decide.with_tile(decision, self.allowed, tuned)
+        tile = decision.problem.tile
         before = [one.backend for one in decision.assessments].index(decision.backend)
         answers = {
             "backend": decision.backend,
             "decided_by": decision.decided_by,
             "route": decision.route,
+            "tile": "" if tile is None else str(tile),
             "numbers": "" if decision.standing is None else decision.standing.verdict,
             "passed_over": tuple(_assessment(one) for one in decision.assessments[:before]),
             "also": decision.others,

@@ -264,7 +264,8 @@ def _reason(
     order = choice.route if choice.route != "default" else "the default for this GPU"
     stated = "" if choice.decided_by == "default" else f", decided by {choice.decided_by}"
     raises = "" if choice.error is None else "the call raises, since no backend is left; "
-    lines = [f"{raises}order: {order}{stated}"]
+    tile = f", {choice.backend} {choice.tile}" if choice.tile else ""
+    lines = [f"{raises}order: {order}{stated}{tile}"]
     cannot_run = {backend.name for backend in backends if backend.refusals}
     absent = [one.backend for one in choice.passed_over if one.backend in cannot_run]
     if absent:

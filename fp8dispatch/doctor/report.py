@@ -96,6 +96,8 @@ class ChoiceRecord(Record):
         backend: the chosen one; None where every allowed backend refuses, so that the call raises.
         decided_by: ``"default"``, ``"use_backend"``, ``"FP8DISPATCH_BACKEND"`` and the like.
         route: where the order of backends comes from, with its evidence.
+        tile: the tuned tile of the chosen backend, "64x128, 4 warps, 3 stages"; empty where it
+            makes its own choice.
         numbers: what is known of the chosen backend's numbers.
         passed_over: those that came before the chosen one in the order, and why they do not run;
             all that are allowed where nothing is chosen.
@@ -112,6 +114,7 @@ class ChoiceRecord(Record):
     backend: str | None
     decided_by: str
     route: str
+    tile: str = ""
     numbers: str
     passed_over: tuple[AssessmentRecord, ...]
     also: tuple[str, ...] = ()

@@ -5,5 +5,6 @@ launches it on the device of its tensors, on the current stream, into outputs th
 
 What does not: validation of user input (done before), choice of a backend, policy, environment
 variables, allocation of results. Importing a module of this package imports Triton, so only the
-Triton backend and the Triton quantisers do it, and only when they are used.
+Triton backend and the Triton quantisers do it, and only when they are used; `requirements` and
+`tile` are plain data, and import neither Triton nor torch.
 """

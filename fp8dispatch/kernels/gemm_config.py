@@ -1,7 +1,8 @@
 """Which tile the scaled GEMM uses: a pure function of the problem and the device.
 
 No autotuning. A first call must not stall, two runs must give the same bits, and a change of M may
-recompile only where the tile class changes (M up to 16, 32, 64, and above).
+recompile only where the tile class changes (M up to 16, 32, 64, and above). `gemm_tiles` puts a
+tile that was measured on the user's own GPU in the place of this choice.
 
 Evidence: one H200, M x N x K = 4096 x 7168 x 2048, block (128, 128), Triton 3.6. Descriptors, tile
 64 x 128, 4 warps, 4 stages, two programs per SM, persistent: 856 TFLOP/s; 128 x 128 with 8 warps:
@@ -14,9 +15,9 @@ import functools
 from dataclasses import dataclass, replace
 
 from fp8dispatch.kernels.launch import DeviceLimits, ceil_div
+from fp8dispatch.kernels.tile import MOST_STAGES, USUAL_GROUP
 
-_DEEPEST = 8  # stages; more never fit beside a second program
-_BYTES_IN_FLIGHT = 65_536  # per program: covers about 1 us of latency at one SM's share of HBM
+BYTES_IN_FLIGHT = 65_536  # per program: covers about 1 us of latency at one SM's share of HBM
 _SHARED_RESERVE = 4_096  # barriers, the reduction scratch, and what the driver keeps per program
 
 
@@ -95,24 +96,36 @@ def choose_config(
 
     # A weight-bound call wants bytes in flight, not reuse; a compute-bound one wants two programs.
     stage = (block_m + block_n) * block_k
-    decoded = 2 * stage if upcast else 0
-    room = limits.shared_memory // (1 if small else 2) - _SHARED_RESERVE - decoded
-    wanted = min(_DEEPEST, max(4, _BYTES_IN_FLIGHT // stage)) if small else 4
-    if room < 3 * stage:  # cards with 99 KiB: one program per SM rather than a pipeline of two
-        room = limits.shared_memory - _SHARED_RESERVE - decoded
+    wanted = min(MOST_STAGES, max(4, BYTES_IN_FLIGHT // stage)) if small else 4
+    programs = 0 if small else 2
     return GemmConfig(
         block_m=block_m,
         block_n=block_n,
         block_k=block_k,
-        # 264 tiles of 64 x 128 run at once on 132 SMs: 16 x 16.5 of them read the fewest bytes.
-        group_m=16,
+        group_m=USUAL_GROUP,
         num_warps=4 if small or wide_instruction else 8,
-        num_stages=max(2, min(wanted, room // stage)),
-        programs_per_sm=0 if small else 2,
+        num_stages=max(2, min(wanted, stages_that_fit(stage, programs, upcast, limits))),
+        programs_per_sm=programs,
         # Up to 64 rows descriptors cost more to set up than they save (-11 to -17 % at M <= 16).
         # A chunk must tile the scale block, because TMA masks only at the tensor's edge.
         descriptors=descriptors and not small and not masked,
     )
+
+
+def stages_that_fit(stage: int, programs: int, upcast: bool, limits: DeviceLimits) -> int:
+    """Stages of so many bytes that a program has shared memory for, beside others on its SM.
+
+    Args:
+        stage: Bytes of a tile of both operands.
+        programs: Persistent programs on each SM, or 0 for one program per tile.
+        upcast: The kernel decodes FP8 to float16 itself.
+        limits: The device.
+    """
+    decoded = 2 * stage if upcast else 0
+    room = limits.shared_memory // max(1, programs) - _SHARED_RESERVE - decoded
+    if room < 3 * stage:  # cards with 99 KiB: one program per SM rather than a pipeline of two
+        room = limits.shared_memory - _SHARED_RESERVE - decoded
+    return room // stage
 
 
 def fit_wide(config: GemmConfig, itemsize: int, limits: DeviceLimits) -> GemmConfig:

@@ -12,6 +12,8 @@ from fp8dispatch.kernels.scaled_gemm import gemm_call, scaled_gemm_kernel
 if TYPE_CHECKING:
     import torch
 
+    from fp8dispatch.kernels.tile import Tile
+
 _OUT = 5  # place of the output among the kernel's parameters
 
 
@@ -24,13 +26,14 @@ def repeat_gemm(
     out: torch.Tensor,
     block_size: tuple[int, int] | None,
     tile_rows: int | None = None,
+    tile: Tile | None = None,
 ) -> Repeat | None:
     """A call of `scaled_gemm` that takes another output of the same form.
 
     Returns:
         None where launches are not direct. The caller keeps the memory of everything else alive.
     """
-    call = gemm_call(a, a_scale, b, b_scale, bias, out, block_size, None, tile_rows)
+    call = gemm_call(a, a_scale, b, b_scale, bias, out, block_size, None, tile_rows, tile)
     views: tuple[View, ...] = ()
     rest: tuple[Any, ...] = (*call.operands, *call.rest)
     if call.boxes:

@@ -43,12 +43,15 @@ from fp8dispatch.kernels.float8 import (
     kernel_operand,
 )
 from fp8dispatch.kernels.gemm_config import GemmConfig, choose_config, fit_wide
+from fp8dispatch.kernels.gemm_tiles import with_tile
 from fp8dispatch.kernels.interpreter import cast_output
 from fp8dispatch.kernels.launch import FP_FUSION, ceil_div, device_limits, on_device_of
 from fp8dispatch.kernels.weight_tile import dot_operand
 
 if TYPE_CHECKING:
     import torch
+
+    from fp8dispatch.kernels.tile import Tile
 
 TMA_CAPABILITY = (9, 0)
 _TMA_ALIGNMENT = 16  # bytes, of the base address and of the row stride
@@ -75,6 +78,7 @@ def scaled_gemm(
     block_size: tuple[int, int] | None,
     config: GemmConfig | None = None,
     tile_rows: int | None = None,
+    tile: Tile | None = None,
 ) -> None:
     """Multiply activations by a quantised weight into `out`.
 
@@ -92,10 +96,11 @@ def scaled_gemm(
             one scale per row of `a` and of `b`.
         config: The tile, for measuring; by default `choose_config` decides.
         tile_rows: The M that the tile is chosen for, where it must not depend on `a`.
+        tile: What takes the place of the chosen tile, where it applies to it.
     """
     if a.shape[0] == 0 or b.shape[0] == 0:
         return
-    call = gemm_call(a, a_scale, b, b_scale, bias, out, block_size, config, tile_rows)
+    call = gemm_call(a, a_scale, b, b_scale, bias, out, block_size, config, tile_rows, tile)
     maps = zip(call.operands, call.boxes, strict=False)  # no boxes: pointers
     sources = tuple(descriptor_of(operand, *box) for operand, box in maps) or call.operands
     with on_device_of(a):
@@ -119,6 +124,7 @@ def gemm_call(
     block_size: tuple[int, int] | None,
     config: GemmConfig | None = None,
     tile_rows: int | None = None,
+    tile: Tile | None = None,
 ) -> GemmCall:
     """The launch of `scaled_gemm` with the same arguments; M and N are at least 1."""
     (m, k), n = a.shape, b.shape[0]
@@ -138,6 +144,8 @@ def gemm_call(
             and has_tma_layout(b),
             limits=limits,
         )
+        if tile is not None:
+            config = with_tile(config, tile, block_size, upcast, limits)
         if a_format == WIDE.value:
             config = fit_wide(config, a.element_size(), limits)
     boxes: tuple[list[int], ...] = ()

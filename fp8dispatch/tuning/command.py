@@ -2,8 +2,9 @@
 
 Each of --shapes is M,N,K, or N,K, or the config.json of a Transformers model (or its folder), whose
 linear layers are measured. Every backend that may run a size is checked against float64 first, and
-the whole call is timed as eager inference makes it. The results hold for this GPU, driver and these
-versions; `fp8dispatch doctor` shows them, `fp8dispatch doctor --clear-cache` drops them and
+the whole call is timed as eager inference makes it; `triton` also with other tiles than its own
+choice, which must give the same bits. The results hold for this GPU, driver and these versions;
+`fp8dispatch doctor` shows them, `fp8dispatch doctor --clear-cache` drops them and
 FP8DISPATCH_TUNED=0 turns them off. Progress is a bar on a terminal and JSON lines elsewhere, on
 stderr.
 
@@ -134,7 +135,7 @@ def _print(report: TuningReport) -> None:
         table.add_row(*_row(point))
     console.print(table)
     reasons = {
-        f"{arm.backend}, {arm.state}: {arm.reason}": None
+        f"{arm.name}, {arm.state}: {arm.reason}": None
         for point in report.points
         for arm in point.arms
         if arm.state in ("wrong", "failed")
@@ -146,18 +147,21 @@ def _print(report: TuningReport) -> None:
 
 
 def _row(point: Point) -> tuple[str, ...]:
+    from fp8dispatch.tuning.measure import named
+
     size = tuple(str(value) for value in (point.size.m, point.size.n, point.size.k))
-    if not point.order or point.before is None:
+    if not point.order or point.before is None or point.us_before is None:
         return (*size, str(point.recipe), "none", "", "", "", "")
-    fastest, us = point.order[0], point.us
+    fastest = point.order[0]
+    now, before = point.us[fastest], point.us_before
     return (
         *size,
         str(point.recipe),
-        fastest,
-        f"{us[fastest]:.1f}",
+        named(fastest, point.tiles.get(fastest)),
+        f"{now:.1f}",
         point.before,
-        f"{us[point.before]:.1f}",
-        f"{us[point.before] / us[fastest]:.2f}" if us[fastest] else "",
+        f"{before:.1f}",
+        f"{before / now:.2f}" if now else "",
     )
 
 

@@ -4,14 +4,19 @@ A call is timed as eager inference makes it: `fp8_linear` on bf16 activations of
 dynamic scales, no bias and bf16 out. Before a time is taken the whole output is compared with the
 truth, computed in float64 on the device from the same quantised operands, strip by strip, within
 the bounds of `fp8dispatch.probes.numerics`; memory that the output will get holds NaN first.
+
+A backend that offers other tiles than its own choice (`Backend.tiles`) is timed with each of them,
+which must have given the same bits. It keeps its own choice unless another is faster by more than
+the noise.
 """
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Literal, TypeGuard
 
 import torch
@@ -19,36 +24,35 @@ import torch
 from fp8dispatch import decide, policy, registry, routes
 from fp8dispatch.errors import BackendUnavailableError
 from fp8dispatch.failures import describe_error, is_out_of_memory, is_sticky_cuda_error
+from fp8dispatch.kernels.tile import Tile
 from fp8dispatch.linear import fp8_linear
 from fp8dispatch.machine import Machine
 from fp8dispatch.policy import Policy, Statement
 from fp8dispatch.probes.numerics import judge, poison, synchronize
 from fp8dispatch.problem import LinearProblem
-from fp8dispatch.quantization.activation import quantize_activation
-from fp8dispatch.quantization.weight import quantize
-from fp8dispatch.recipe import Granularity, Recipe, infer_recipe
+from fp8dispatch.recipe import Recipe, infer_recipe
 from fp8dispatch.router import refusals_of
+from fp8dispatch.tuning.operands import Operands
 from fp8dispatch.tuning.shapes import Size
 from fp8dispatch.tuning.timing import Call, Timer, Timing, lost_context, rank, time_arms
 
 State = Literal["timed", "wrong", "refused", "failed"]
 
 _FP8 = "float8_e4m3fn"
-_SEED = 0xF8
-_STRIP_ELEMENTS = 1 << 24  # of the largest float64 matrix that judging makes: 128 MB
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One backend and one size.
+    """One backend, with one of its tiles, and one size.
 
     Attributes:
         backend: its name.
-        state: "timed", "wrong" (its numbers), "refused" (machine, call or trust), or "failed" (it
-            raised, or memory ran out).
+        state: "timed", "wrong" (its numbers), "refused" (machine, call or trust; a tile that gives
+            other bits), or "failed" (it raised, or memory ran out).
         reason: why it was not timed; empty where it was.
         us: median microseconds of a call; None where it was not timed.
         spread: of the rounds, as a share of the median.
+        tile: what it ran with in place of its own choice; None for that.
     """
 
     backend: str
@@ -56,6 +60,12 @@ class Arm:
     reason: str = ""
     us: float | None = None
     spread: float | None = None
+    tile: Tile | None = None
+
+    @property
+    def name(self) -> str:
+        """The backend and, where it is not its own choice, the tile."""
+        return named(self.backend, self.tile)
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,8 @@ class Point:
         recipe: the recipe that `fp8_linear` infers from such a scale.
         order: the backends that were timed, the fastest first, ties in the default order.
         before: the one of them that the default order would run.
-        arms: every backend that was asked, in the default order.
+        arms: every backend that was asked, in the default order, and its tiles behind it.
+        tiles: backend -> the tile that it was the fastest with, where that is not its own choice.
     """
 
     size: Size
@@ -75,16 +86,35 @@ class Point:
     order: tuple[str, ...]
     before: str | None
     arms: tuple[Arm, ...]
+    tiles: Mapping[str, Tile] = field(default_factory=dict)
 
     @property
     def wrong(self) -> dict[str, str]:
-        """Backend -> what was wrong with its numbers."""
-        return {arm.backend: arm.reason for arm in self.arms if arm.state == "wrong"}
+        """Backend -> what was wrong with its numbers; of tiles the arms tell."""
+        return {arm.backend: arm.reason for arm in self._own if arm.state == "wrong"}
 
     @property
     def us(self) -> dict[str, float]:
-        """Backend -> median microseconds, of those that were timed."""
-        return {arm.backend: arm.us for arm in self.arms if arm.us is not None}
+        """Backend -> median microseconds, of those that were timed, with the tile in `tiles`."""
+        return {
+            arm.backend: arm.us
+            for arm in self.arms
+            if arm.us is not None and arm.tile == self.tiles.get(arm.backend)
+        }
+
+    @property
+    def us_before(self) -> float | None:
+        """Median microseconds of `before` with the tile of its own choice."""
+        return next((arm.us for arm in self._own if arm.backend == self.before), None)
+
+    @property
+    def _own(self) -> Iterator[Arm]:
+        return (arm for arm in self.arms if arm.tile is None)
+
+
+def named(backend: str, tile: Tile | None) -> str:
+    """A backend with a tile as it is printed."""
+    return backend if tile is None else f"{backend} {tile}"
 
 
 def measure(
@@ -118,10 +148,30 @@ def measure(
     takers = [name for name in asked if refused[name] is None]
     with _as_inference(device):
         measured = _check_and_time(takers, problem, recipe, device, timer)
-    arms = tuple(refused[name] or measured[name] for name in asked)
-    timings = {arm.backend: Timing(arm.us, arm.spread or 0.0) for arm in arms if arm.us is not None}
+    arms: list[Arm] = []
+    timings: dict[str, Timing] = {}
+    tiles: dict[str, Tile] = {}
+    for name in asked:
+        found = measured.get(name) or (refused[name],)
+        arms += [arm for arm in found if arm is not None]
+        best = _fastest_tile(arms, name)
+        if best is not None:
+            timings[name] = _timing(best)
+            tiles |= {} if best.tile is None else {name: best.tile}
     before = next((name for name in asked if name in timings), None)
-    return Point(size, meant, rank(timings, default), before, arms)
+    return Point(size, meant, rank(timings, default), before, tuple(arms), tiles)
+
+
+def _fastest_tile(arms: Sequence[Arm], backend: str) -> Arm | None:
+    """The arm of a backend that counts; None where its own choice was not timed."""
+    timed = {arm.name: arm for arm in arms if arm.backend == backend and arm.us is not None}
+    if backend not in timed:
+        return None
+    return timed[rank({name: _timing(arm) for name, arm in timed.items()}, tuple(timed))[0]]
+
+
+def _timing(arm: Arm) -> Timing:
+    return Timing(arm.us or 0.0, arm.spread or 0.0)
 
 
 def _refusal(
@@ -152,145 +202,117 @@ def _as_inference(device: torch.device) -> Iterator[None]:
         policy.leave(token)
 
 
+@dataclass(frozen=True)
+class _Contender:
+    """A backend with one of its tiles; None for its own choice."""
+
+    backend: str
+    tile: Tile | None = None
+
+    @property
+    def name(self) -> str:
+        return named(self.backend, self.tile)
+
+    def arm(self, state: State, reason: str = "") -> Arm:
+        return Arm(self.backend, state, reason, tile=self.tile)
+
+    def raised(self, error: Exception) -> Arm:
+        if isinstance(error, BackendUnavailableError):
+            return self.arm("refused", str(error))
+        memory = "memory ran out: " if is_out_of_memory(error) else ""
+        return self.arm("failed", memory + describe_error(error))
+
+
 def _check_and_time(
-    names: Sequence[str],
+    backends: Sequence[str],
     problem: LinearProblem,
     recipe: Recipe,
     device: torch.device,
     timer: Timer,
-) -> dict[str, Arm]:
-    """An answer for each backend; none of them is timed before all were checked."""
+) -> dict[str, tuple[Arm, ...]]:
+    """For each backend an answer for its own choice, and for its other tiles where that is right.
+
+    Nobody is timed before all were checked.
+    """
+    offered = {name: (None, *registry.load(name).tiles(problem, device)) for name in backends}
+    contenders = [_Contender(name, tile) for name, tiles in offered.items() for tile in tiles]
     try:
-        operands = _Operands(problem, recipe, device)
-        calls = {name: functools.partial(operands.call, name) for name in names}
+        operands = Operands(problem, recipe, device)
+        calls = {one: _call(one, operands) for one in contenders}
         with torch.inference_mode():
             arms = _check(calls, operands)
-            right = {name: call for name, call in calls.items() if name not in arms}
+            right = {one.name: call for one, call in calls.items() if one not in arms}
             timings, errors = time_arms(right, timer)
     except Exception as error:
         if not is_out_of_memory(error):  # of the operands or their truth: nobody's fault
             raise
-        return {name: _raised(name, error) for name in names}
-    arms |= {name: _raised(name, error) for name, error in errors.items()}
-    return arms | {
-        name: Arm(name, "timed", "", timing.us, timing.spread) for name, timing in timings.items()
+        return {name: (_Contender(name).raised(error),) for name in backends}
+    for one in contenders:
+        if one.name in errors:
+            arms[one] = one.raised(errors[one.name])
+        elif one.name in timings:
+            took = timings[one.name]
+            arms[one] = Arm(one.backend, "timed", "", took.us, took.spread, one.tile)
+    return {
+        name: tuple(arms[one] for one in contenders if one.backend == name and one in arms)
+        for name in backends
     }
 
 
-def _check(calls: Mapping[str, Call], operands: _Operands) -> dict[str, Arm]:
-    """Run each backend once; those that raise or compute wrong numbers, and what was wrong."""
-    arms: dict[str, Arm] = {}
-    outs: dict[str, object] = {}
-    for name, call in calls.items():
+def _call(one: _Contender, operands: Operands) -> Call:
+    """The call that is checked and timed; a context of its own states the tile beforehand."""
+    context = contextvars.copy_context()
+    context.run(policy.enter, Statement(tile=one.tile))
+    linear = functools.partial(fp8_linear, block_size=operands.block_size, backend=one.backend)
+    return functools.partial(context.run, linear, operands.x, operands.weight, operands.scale)
+
+
+def _check(calls: dict[_Contender, Call], operands: Operands) -> dict[_Contender, Arm]:
+    """Run each contender once; those that raise or compute wrong numbers, and what was wrong.
+
+    The tiles of a backend whose own choice is in the answer are dropped from `calls`. A tile that
+    gives the same bits as its backend's own choice is as right as that; of others the truth says
+    whether they are wrong, and right ones are not taken either, since no bit may hang on a tile.
+    """
+    arms: dict[_Contender, Arm] = {}
+    outs: dict[_Contender, object] = {}
+    for one, call in calls.items():
         try:
             poison(operands.problem, operands.x.device)
-            outs[name] = call()
+            out = call()
             synchronize(operands.x.device)
         except Exception as error:
             if is_sticky_cuda_error(error):
-                raise lost_context(name, "checked", error) from error
-            arms[name] = _raised(name, error)
-            outs.pop(name, None)
+                raise lost_context(one.name, "checked", error) from error
+            arms[one] = one.raised(error)
             continue
         if not operands.unchanged():
-            arms[name] = Arm(name, "wrong", "it changed its operands")
+            arms[one] = one.arm("wrong", "it changed its operands")
             operands.restore()
-            del outs[name]
+        elif one.tile is None or not _same_bits(out, outs.get(_Contender(one.backend))):
+            outs[one] = out
     for strip in operands.strips():
-        for name in [name for name in outs if name not in arms]:
-            out = outs[name]
+        for one in [one for one in outs if one not in arms]:
+            out = outs[one]
             part = out[:, strip.columns] if _is_matrix(out) else out
             _, problem = judge(part, strip)
             if problem is not None:
-                arms[name] = Arm(name, "wrong", f"from column {strip.columns.start} on, {problem}")
+                arms[one] = one.arm("wrong", f"from column {strip.columns.start} on, {problem}")
+    for one in [one for one in calls if one.tile is not None]:
+        if _Contender(one.backend) in arms:
+            del calls[one]
+            arms.pop(one, None)
+        elif one in outs and one not in arms:
+            reason = f"{one.name} needs the bits of {one.backend}'s own choice, found others"
+            arms[one] = one.arm("refused", reason)
     return arms
+
+
+def _same_bits(out: object, expected: object) -> bool:
+    if not _is_matrix(out) or not _is_matrix(expected) or out.shape != expected.shape:
+        return False
+    return torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
 
 
 def _is_matrix(out: object) -> TypeGuard[torch.Tensor]:
     return isinstance(out, torch.Tensor) and out.dim() == 2
-
-
-def _raised(name: str, error: Exception) -> Arm:
-    if isinstance(error, BackendUnavailableError):
-        return Arm(name, "refused", str(error))
-    memory = "memory ran out: " if is_out_of_memory(error) else ""
-    return Arm(name, "failed", memory + describe_error(error))
-
-
-class _Operands:
-    """Tensors of one size on the device, and their truth in float64, a strip at a time."""
-
-    def __init__(self, problem: LinearProblem, recipe: Recipe, device: torch.device) -> None:
-        self.problem, self._recipe = problem, recipe
-        m, n, k = problem.m, problem.n, problem.k
-        generator = torch.Generator(device).manual_seed(_SEED)
-
-        def normal(rows: int) -> torch.Tensor:
-            shape = (rows, k)
-            return torch.randn(shape, generator=generator, dtype=torch.bfloat16, device=device)
-
-        self.weight, self.scale = quantize(normal(n), recipe)
-        self.x = normal(m)
-        self._before = [tensor.clone() for tensor in self._inputs()]
-        group = recipe.group_size(k)
-        plain = quantize_activation(self.x, group, torch.float8_e4m3fn, None, use_kernels=False)
-        scale = plain.scale.double().repeat_interleave(group, 1)[:, :k]
-        self._wide_x = plain.data.float().double() * scale
-
-    def call(self, backend: str) -> torch.Tensor:
-        """The call that is checked and timed."""
-        return fp8_linear(
-            self.x, self.weight, self.scale, block_size=self._recipe.block_size, backend=backend
-        )
-
-    def _inputs(self) -> tuple[torch.Tensor, ...]:
-        return self.x, self.weight.view(torch.uint8), self.scale
-
-    def unchanged(self) -> bool:
-        return all(map(torch.equal, self._inputs(), self._before))
-
-    def restore(self) -> None:
-        for tensor, before in zip(self._inputs(), self._before, strict=True):
-            tensor.copy_(before)
-
-    def strips(self) -> Iterator[_Strip]:
-        m, n, k = self.problem.m, self.problem.n, self.problem.k
-        step = max(1, _STRIP_ELEMENTS // max(m, k))
-        for start in range(0, n, step):
-            columns = slice(start, min(start + step, n))
-            weight = self.weight[columns].float().double() * self._scale_of(columns)
-            yield _Strip(
-                columns=columns,
-                value=self._wide_x @ weight.t(),
-                mass=self._wide_x.abs() @ weight.abs().t(),
-                largest=self._wide_x.abs().amax(1, keepdim=True) * weight.abs().amax(1),
-                x=self.x,
-                problem=replace(self.problem, n=columns.stop - columns.start),
-            )
-
-    def _scale_of(self, rows: slice) -> torch.Tensor:
-        """The weight's scales for some of its rows, as float64 that spreads to [rows, K]."""
-        scale = self.scale.double()
-        if self._recipe.block_size is None:
-            whole = self._recipe.granularity is Granularity.TENSOR
-            return scale.reshape(1, 1) if whole else scale[rows]
-        block_n, block_k = self._recipe.block_size
-        index = torch.arange(rows.start, rows.stop, device=scale.device) // block_n
-        return scale[index].repeat_interleave(block_k, 1)[:, : self.problem.k]
-
-
-@dataclass
-class _Strip:
-    """Some columns of the truth, as `judge` wants it."""
-
-    columns: slice
-    value: torch.Tensor
-    mass: torch.Tensor
-    largest: torch.Tensor
-    x: torch.Tensor
-    problem: LinearProblem
-    own_quantiser: bool = True  # `fp8_linear` lets each backend quantise as it does
-
-    def unchanged(self) -> bool:
-        """Asked, and the operands restored, before any strip is judged."""
-        return True

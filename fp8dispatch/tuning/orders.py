@@ -6,6 +6,9 @@ so on. Of several measurements in a bucket the nearest M speaks, by ratio; of tw
 the larger. A bucket in which nothing was measured keeps the order that it has without tuning.
 Dtypes and a bias are not asked for: a backend that refuses them makes way for the next.
 
+The tile of a backend that was found with an order holds where the order holds, and where the
+backend can use it.
+
 Numbers that were wrong while tuning keep the backend from every M of that recipe, N and K.
 """
 
@@ -86,7 +89,7 @@ def find(problem: LinearProblem, machine: Machine, *, quietly: bool = False) -> 
     point = min(near, key=lambda one: (abs(math.log(one.m / max(problem.m, 1))), -one.m))
     stored = table.file is not None and point not in _unstored.get(machine, ())
     where = str(table.file) if stored else NOT_STORED
-    return TunedRoute(point.order, f"tuned, {where}, {point.date}", wrong)
+    return TunedRoute(point.order, f"tuned, {where}, {point.date}", wrong, point.tiles)
 
 
 def in_force(machine: Machine) -> InForce:

@@ -50,8 +50,9 @@ class TuningReport:
 
     @property
     def wrong(self) -> tuple[str, ...]:
-        """The backends that computed wrong numbers somewhere."""
-        return tuple(dict.fromkeys(name for point in self.points for name in point.wrong))
+        """What computed wrong numbers somewhere: backends, or a backend with one of its tiles."""
+        arms = (arm for point in self.points for arm in point.arms)
+        return tuple(dict.fromkeys(arm.name for arm in arms if arm.state == "wrong"))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data as JSON knows it."""
@@ -66,6 +67,7 @@ class TuningReport:
                     "recipe": str(point.recipe),
                     "order": list(point.order),
                     "before": point.before,
+                    "tiles": {name: str(tile) for name, tile in point.tiles.items()},
                     "arms": [asdict(arm) for arm in point.arms],
                 }
                 for point in self.points
@@ -87,10 +89,12 @@ def tune(
 
     Each size is run by every backend that the router admits, its output compared with float64 on
     the same quantised operands, and the whole `fp8_linear` call timed. Differences within the noise
-    (3 %, or the spread of the rounds) leave the default order. The orders are kept in the cache
-    directory for this GPU, driver and these versions, and hold for calls of the same recipe, N and
-    K whose M lies in the same bucket: up to 1, 4, 16, 64, and so on by powers of four. What is
-    stated about backends still comes first, and batch-invariant calls ignore the orders.
+    (3 %, or the spread of the rounds) leave the default order. `triton` is also timed with other
+    tiles than its own choice, which give the same bits, and keeps the best. The orders and tiles
+    are kept in the cache directory for this GPU, driver and these versions, and hold for calls of
+    the same recipe, N and K whose M lies in the same bucket: up to 1, 4, 16, 64, and so on by
+    powers of four. What is stated about backends still comes first, and batch-invariant calls
+    ignore both.
 
     Args:
         shapes: ``(M, N, K)``, ``(N, K)``, the path of a Transformers ``config.json`` or its folder,
@@ -168,6 +172,7 @@ def _record(point: Point, allowed: Policy) -> TunedPoint:
         order=point.order,
         us={name: round(us, 3) for name, us in point.us.items()},
         wrong={name: reason[:300] for name, reason in point.wrong.items()},
+        tiles=dict(point.tiles),
         tuned_at=now(),
     )
 

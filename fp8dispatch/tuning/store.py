@@ -22,8 +22,9 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fp8dispatch.atomic import write_atomically
+from fp8dispatch.kernels.tile import Tile
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 TURN_LIMIT_S = 600.0
 """How long to wait for another process that measures: a library may compile for minutes."""
 
@@ -94,6 +95,7 @@ class TunedPoint(_Record):
         order: backends, the fastest first; empty where none computed it right.
         us: microseconds of a call, by backend.
         wrong: backend -> what was wrong with its numbers.
+        tiles: backend -> the tile that its time was taken with, where that is not its own choice.
         tuned_at: seconds since 1970.
     """
 
@@ -105,6 +107,7 @@ class TunedPoint(_Record):
     order: tuple[_Name, ...]
     us: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     wrong: dict[str, str] = Field(default_factory=dict)
+    tiles: dict[_Name, Tile] = Field(default_factory=dict)
     tuned_at: Annotated[float, Field(ge=0, le=4e9)]
 
     @property
@@ -121,7 +124,7 @@ class TunedPoint(_Record):
 class TunedFile(_Record):
     """One file: what it holds for, and what was measured."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     fingerprint: DeviceFingerprint
     points: tuple[TunedPoint, ...]
 

@@ -84,10 +84,17 @@ def time_arms(
 
 
 def lost_context(name: str, doing: str, error: Exception) -> BackendUnavailableError:
-    """What to raise for a backend after which nothing runs in this process any more."""
+    """What to raise for a backend after which nothing runs in this process any more.
+
+    Args:
+        name: of the backend, with a tile behind it where it is not the backend's own choice.
+        doing: what it was when it happened, "timed" say.
+        error: what it raised.
+    """
+    backend = name.split(" ")[0]
     return BackendUnavailableError(
         f"{name} lost the CUDA context while it was {doing} ({describe_error(error)}); restart the "
-        f"process and leave the backend out with FP8DISPATCH_BACKEND=-{name}"
+        f"process and leave the backend out with FP8DISPATCH_BACKEND=-{backend}"
     )
 
 

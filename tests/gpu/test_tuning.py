@@ -42,11 +42,15 @@ def test_calls_follow_what_was_measured(recipe: str, home: Path) -> None:
     weight, scale = fp8dispatch.quantize(torch.randn(N, K, device="cuda"), recipe)
     for point in report.points:
         assert {"triton", "eager"} <= set(point.order), point.arms
+        tiles = [arm for arm in point.arms if arm.tile is not None]
+        assert tiles
+        assert {arm.state for arm in tiles} == {"timed"}, "a tile raised, or changed a bit"
         assert all(us > 0 for us in point.us.values())
         x = torch.randn(point.size.m, K, device="cuda", dtype=torch.bfloat16)
         decision = fp8dispatch.explain(x, weight, scale)
         assert decision.backend == point.order[0]
         assert decision.route.startswith("tuned, ")
+        assert decision.problem.tile == point.tiles.get(decision.backend)
 
 
 def test_the_timer_sees_the_work_on_the_device() -> None:

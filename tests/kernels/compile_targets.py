@@ -11,6 +11,7 @@ assembler inside Triton knows the target.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import subprocess
@@ -34,7 +35,10 @@ from fp8dispatch.kernels import (
     quantize_activation,
     scaled_gemm,
 )
+from fp8dispatch.kernels.gemm_config import choose_config
+from fp8dispatch.kernels.gemm_tiles import candidates
 from fp8dispatch.kernels.launch import DeviceLimits
+from fp8dispatch.kernels.tile import Tile
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 E4M3_FNUZ, E5M2_FNUZ = torch.float8_e4m3fnuz, torch.float8_e5m2fnuz
@@ -103,6 +107,7 @@ def gemm(
     k: int = 1024,
     transposed: bool = False,
     bias: bool = False,
+    tile: Tile | None = None,
 ) -> None:
     a = fp8(m, k, formats[0])
     b = fp8(k, n, formats[1]).t() if transposed else fp8(n, k, formats[1])
@@ -114,7 +119,7 @@ def gemm(
         b_scale = torch.ones(-(-n // block_size[0]), groups)
     out = torch.empty(m, n, dtype=torch.bfloat16)
     bias_tensor = torch.empty(n, dtype=torch.bfloat16) if bias else None
-    scaled_gemm.scaled_gemm(a, a_scale, b, b_scale, bias_tensor, out, block_size)
+    scaled_gemm.scaled_gemm(a, a_scale, b, b_scale, bias_tensor, out, block_size, tile=tile)
 
 
 def wide(m: int, dtype: torch.dtype, block_size: tuple[int, int] | None) -> None:
@@ -177,6 +182,19 @@ def silu(m: int, k: int, group: int, dtype: torch.dtype = E4M3) -> None:
     gate, up = torch.empty(m, 2 * k, dtype=torch.bfloat16).chunk(2, 1)
     scale = torch.empty(-(-k // group), m).t()
     fused_quantize.silu_mul_quantize(gate, up, fp8(m, k, dtype), scale, group)
+
+
+def tiles(target: int, m: int, block_size: tuple[int, int] | None) -> dict[str, Any]:
+    """The tiles that tuning times on a target, by name."""
+    limits, upcast = LIMITS[target], target < 89
+    chosen = choose_config(
+        m, 4096, block_size=block_size, upcast=upcast, descriptors=True, limits=limits
+    )
+    recipe = "row" if block_size is None else "block"
+    return {
+        f"gemm_tile {recipe} M={m} {tile}": functools.partial(gemm, m, block_size, tile=tile)
+        for tile in candidates(chosen, block_size, upcast, limits)
+    }
 
 
 BLOCK = (128, 128)
@@ -243,9 +261,12 @@ VARIANTS: dict[int, dict[str, Any]] = {
         "grad_row": lambda: grad(2048, None, E5M2, "float16"),
         "grad_group": lambda: grad(2048, (1, 32), E4M3, "bfloat16"),
     },
-    100: NATIVE,
-    120: NATIVE,
+    100: dict(NATIVE),
+    120: dict(NATIVE),
 }
+for target, variants in VARIANTS.items():
+    variants |= tiles(target, 2048, BLOCK)
+VARIANTS[90] |= tiles(90, 2048, None) | tiles(90, 64, BLOCK) | tiles(90, 8, BLOCK)
 
 
 def facts(kernel: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,27 @@ def test_hopper_decode_and_64_row_tiles_do_not_spill(report: dict[str, dict[str,
     for variant in ("gemm_small", "gemm_32_rows", "gemm_64_rows", "groups", "groups_few", "rows"):
         assert report[f"90.{variant}"]["stack"] == 0, variant
     assert report["90.gemm_64_rows"]["fp8_wgmma"] > 0
+
+
+def test_tiles_that_tuning_tries_multiply_as_the_default_does(
+    report: dict[str, dict[str, Any]],
+) -> None:
+    """With the same instructions, which is why no bit differs; and none of them spills."""
+    defaults = {"block M=2048": "block", "row M=2048": "row", "block M=64": "64_rows"}
+    defaults["block M=8"] = "small"
+    found = {name: facts for name, facts in report.items() if ".gemm_tile" in name}
+    assert {name.split(".")[0] for name in found} == {"80", "89", "90", "100", "120"}
+    assert len(found) > 30
+    for name, facts in found.items():
+        target, size = re.findall(r"(\d+)\.gemm_tile (.*?M=\d+) ", name)[0]
+        default = report[f"{target}.gemm_{defaults[size]}"]
+        for instruction in ("fp8_wgmma", "fp8_mma", "tma_loads"):
+            assert (facts[instruction] > 0) == (default[instruction] > 0), (name, instruction)
+        assert facts["dots"] == default["dots"], name
+        if target != "80":  # where the default itself decodes more than the registers hold
+            assert facts["stack"] == facts["local"] == 0, name
+        if target in ("90", "100") and "2 per SM" in name:
+            assert 2 * (facts["shared"] + 1024) <= 233_472, name
 
 
 @pytest.mark.parametrize("target", [80, 89, 90, 100, 120])

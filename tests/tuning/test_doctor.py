@@ -19,6 +19,7 @@ from fp8dispatch.doctor.collect import Call, collect
 from fp8dispatch.doctor.devices import find_devices
 from fp8dispatch.doctor.render import render
 from fp8dispatch.doctor.report import ChoiceRecord, Report
+from fp8dispatch.kernels.tile import Tile
 from fp8dispatch.recipe import BLOCK_128
 from fp8dispatch.tuning import orders
 from fp8dispatch.tuning.store import TunedStore
@@ -83,6 +84,30 @@ def test_tuned_routes_are_shown_and_followed(plant: Plant, home: Path) -> None:
     assert f"files of tuned routes: 1 in {home / 'tuned'}" in text
     assert f"tuned routes for cuda:0: 2 in force, the newest of 2026-09-21, {path}" in text
     assert report.exit_code == collect(machine="h200").exit_code
+
+
+def test_the_tile_in_force_is_shown(
+    plant: Plant, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(H200)
+    kept(home, 16, tiles={"triton": Tile(16, 64, 4, 6)})
+    kept(home, 256, order=("cublaslt", "triton"), tiles={"triton": Tile(64, 64, 4, 6, 2)})
+
+    report = collect(call=Call(16, 4096, 7168, BLOCK_128))
+
+    assert choice(report, 16).tile == "16x64, 4 warps, 6 stages"
+    assert choice(report, 256).tile == "", "of a backend that was not chosen"
+    call = report.devices[0].call
+    assert call is not None
+    assert call.choice.tile == "16x64, 4 warps, 6 stages"
+    assert "  tile: 16x64, 4 warps, 6 stages" in call.text
+    text = text_of(report)
+    assert ", triton 16x64, 4 warps, 6 stages\n" in text
+    assert "64x64" not in text
+    assert Report.model_validate_json(report.model_dump_json()) == report
+    monkeypatch.setenv(policy.TUNED_VARIABLE, "0")
+    policy.reload_environment()
+    assert choice(collect(), 16).tile == ""
 
 
 def test_what_computed_wrong_numbers_there_is_refused(plant: Plant, home: Path) -> None:

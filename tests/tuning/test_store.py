@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8dispatch import __version__
+from fp8dispatch.kernels.tile import Tile
 from fp8dispatch.machine import Machine
 from fp8dispatch.problem import Accuracy, ExpertsProblem, LinearProblem
 from fp8dispatch.recipe import BLOCK_128, ROW
@@ -82,7 +83,7 @@ def test_an_order_is_found_for_its_machine_and_says_where_it_comes_from(store: T
     assert found.order == ("gluon", "cublaslt")
     assert found.source == f"tuned, {path}, 2026-09-21"
     content = json.loads(path.read_text("utf-8"))
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert content["fingerprint"] == {
         "device": "cuda NVIDIA H200",
         "capability": [9, 0],
@@ -96,6 +97,25 @@ def test_an_order_is_found_for_its_machine_and_says_where_it_comes_from(store: T
         },
         "fp8dispatch": __version__,
     }
+
+
+def test_a_tile_comes_with_its_order_and_no_other(store: TunedStore) -> None:
+    tile = Tile(64, 128, 4, 3, 2, 8)
+    put(
+        store,
+        point(tiles={"triton": tile}),
+        point(m=256),
+        point(m=1024, order=(), wrong={"x": "y"}),
+    )
+
+    def tiles(**changes: Any) -> Any:
+        found = orders.find(replace(PROBLEM, **changes), H200)
+        return None if found is None else dict(found.tiles)
+
+    assert tiles() == {"triton": tile}
+    assert tiles(m=7) == {"triton": tile}
+    assert tiles(m=256) == tiles(m=1000) == {}
+    assert tiles(batch_invariant=True) is None
 
 
 VERSIONS = dict(H200.versions)
@@ -196,13 +216,19 @@ def damaged_files() -> dict[str, bytes]:
     def changed(**fields: Any) -> bytes:
         return text(points=[{**plain["points"][0], **fields}])
 
+    tile = {"block_m": 64, "block_n": 128, "num_warps": 4, "num_stages": 3}
+    TunedFile.model_validate_json(changed(tiles={"triton": tile}))
+
+    def tiled(**fields: Any) -> bytes:
+        return changed(tiles={"triton": {**tile, **fields}})
+
     whole = json.dumps(plain).encode()
     return {
         "empty": b"",
         "cut": whole[:-20],
         "no JSON": b"\x00\xff" * 100,
         "a list": b"[]",
-        "another schema": text(schema_version=2),
+        "another schema": text(schema_version=1),
         "no schema": json.dumps({k: v for k, v in plain.items() if k != "points"}).encode(),
         "more than it should have": text(extra=1),
         "no size": changed(m="many"),
@@ -212,6 +238,18 @@ def damaged_files() -> dict[str, bytes]:
         "an infinite time": changed(us={"gluon": 1e999}),
         "in the year of nobody": changed(tuned_at=1e300),
         "another class": changed(accuracy="exacter"),
+        "a tile that no kernel has": tiled(block_m=48),
+        "a tile of no rows": tiled(block_m=0),
+        "a tile of text": tiled(block_n="wide"),
+        "a tile of nothing": tiled(num_warps=None),
+        "a tile with half a stage": tiled(num_stages=2.5),
+        "a tile with too many stages": tiled(num_stages=99),
+        "a tile with too many programs": tiled(programs_per_sm=64),
+        "a tile that walks backwards": tiled(group_m=-8),
+        "a tile that sums in another order": tiled(block_k=64),
+        "a tile cut short": changed(tiles={"triton": {"block_m": 64}}),
+        "a tile in words": changed(tiles={"triton": "64x128"}),
+        "tiles of nobody": changed(tiles=[tile]),
         "too deep": b'{"a":' * 50_000,
     }
 

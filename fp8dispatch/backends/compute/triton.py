@@ -9,8 +9,12 @@ import torch
 from fp8dispatch.backends.compute.settled import Ready, Settled
 from fp8dispatch.backends.contract import Weight
 from fp8dispatch.backends.triton import Triton
+from fp8dispatch.kernels.float8 import native_float8
+from fp8dispatch.kernels.gemm_config import choose_config
+from fp8dispatch.kernels.gemm_tiles import candidates
 from fp8dispatch.kernels.launch import device_limits
 from fp8dispatch.kernels.scaled_gemm import scaled_gemm
+from fp8dispatch.kernels.tile import Tile
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.quantization.activation import QuantizedActivation
 from fp8dispatch.workspace import quantized_activations
@@ -42,8 +46,24 @@ def matmul(
         out,
         weight.recipe.block_size,
         tile_rows=_tile_rows(problem),
+        tile=problem.tile,
     )
     return out
+
+
+def tiles(self: Triton, problem: LinearProblem, device: torch.device) -> tuple[Tile, ...]:
+    names = (problem.weight_dtype, problem.activation_dtype)
+    upcast = not all(native_float8(getattr(torch, name), device) for name in names)
+    block_size, limits = problem.recipe.block_size, device_limits(device)
+    chosen = choose_config(
+        problem.m,
+        problem.n,
+        block_size=block_size,
+        upcast=upcast,
+        descriptors=False,  # of no concern to the tile
+        limits=limits,
+    )
+    return candidates(chosen, block_size, upcast, limits)
 
 
 def settled(
@@ -94,6 +114,7 @@ def _make_ready(
         out,
         recipe.block_size,
         _tile_rows(problem),
+        problem.tile,
     )
     if quantize is None or multiply is None:
         return None
