@@ -141,7 +141,6 @@ class BandMeter:
         self._tiling, self._limit = tiling, max_value(getattr(torch, scheme.dtype))
         self._clips = scheme.scale_dtype in ("bfloat16", "float16")
         shape = (tiling.band, tiling.k)
-        self._error = torch.empty(shape, dtype=torch.float32)
         self._half = torch.empty(shape, dtype=torch.int16)
         self._magnitudes = torch.empty(shape, dtype=torch.int8)
         self._every = max(1, tiling.n * tiling.k // SAMPLE)
@@ -192,8 +191,8 @@ class BandMeter:
         self, wide: torch.Tensor, band: QuantizedBand, power: int
     ) -> torch.Tensor:
         """``values - data * scale`` in fp32, where `wide` holds the values times ``2**power``."""
-        rows = wide.shape[0]
-        error = self._error[:rows]
+        rows, error = wide.shape[0], band.scratch
+        assert error is not None  # it comes with the values
         factor = decode_into(band.data, self._half[:rows], error) * 2.0**power
         columns = self._tiling.columns
         for left, right in self._tiling.column_ranges(rows):

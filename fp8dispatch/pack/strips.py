@@ -35,12 +35,14 @@ class QuantizedBand:
             the whole tensor.
         amax: what the largest magnitudes were, of the same shape.
         values: [rows, K] fp32, what was quantised; None where it was not to be kept.
+        scratch: memory of the same form that nobody needs any more, with them.
     """
 
     data: torch.Tensor
     multipliers: torch.Tensor
     amax: torch.Tensor
     values: torch.Tensor | None = None
+    scratch: torch.Tensor | None = None
 
 
 class BandQuantizer:
@@ -106,7 +108,9 @@ class BandQuantizer:
                 torch.div(tile, multipliers, out=quotient)
             # As `eager.cast`, in place: clamped first, since an overflowing cast differs by version
             data[:, left:right].copy_(quotient.clamp_(-limit, limit))
-        return QuantizedBand(data, multipliers, amax, wide if self._keep else None)
+        if not self._keep:
+            return QuantizedBand(data, multipliers, amax)
+        return QuantizedBand(data, multipliers, amax, wide, self._quotient[:rows])
 
 
 def _block_amax(tile: torch.Tensor, columns: int, per_row: bool) -> torch.Tensor:
