@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -33,23 +34,23 @@ def test_the_command_prints_what_agrees(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"),
+    "words",
     [
-        ("5044 calls", "5045 calls"),
-        ("| 821 | 1150 | 713 |", "| 821 | 1160 | 713 |"),
-        ("takes 2.1 s in blocks", "takes 2.0 s in blocks"),
-        ("129 kills", "130 kills"),
-        ("a cosine of 0.9958", "a cosine of 0.9968"),
-        ("is 2592 times", "is 2600 times"),
-        ("`fbgemm` (1.6.0)", "`fbgemm` (1.7.0)"),
+        r"(\d{4}) calls",
+        r"\| \d+ \| (\d+) \| \d+ \|\n",
+        r"takes ([\d.]+) s in blocks",
+        r"(\d+) kills",
+        r"a cosine of ([\d.]+)",
+        r"is (\d+) times",
+        r"`fbgemm` \(([\d.]+)\)",
     ],
 )
-def test_a_number_that_is_changed_in_the_readme_is_found(
-    readme: str, right: str, wrong: str
-) -> None:
-    assert readme.count(right) == 1
+def test_a_number_that_is_changed_in_the_readme_is_found(readme: str, words: str) -> None:
+    number = re.search(words, readme)
+    assert number is not None
+    changed = readme[: number.start(1)] + "0.123" + readme[number.end(1) :]
 
-    found = [one.text for one in check(readme.replace(right, wrong), RESULTS) if not one.ok]
+    found = [one.text for one in check(changed, RESULTS) if not one.ok]
 
     assert any("not in the README, which the results say" in text for text in found)
 
