@@ -11,9 +11,9 @@
 An operator checks its arguments as the eager call does, and reads scale values and chooses a
 backend when it runs, on real sizes: the graph holds no decision and needs no guard on M. Of what
 states a policy the argument ``backend=`` is part of the graph, and what is stated about dgrad
-(`fp8dispatch.recorded`). The rest is read at each run, by the thread that runs it; what a backward
-pass recomputes is run by the thread of that pass. A CUDA graph replays what was chosen when it was
-captured.
+(`fp8dispatch.graph_policy`). The rest is read at each run, by the thread that runs it; what a
+backward pass recomputes is run by the thread of that pass. A CUDA graph replays what was chosen
+when it was captured.
 
 Eager calls do not come here: the dispatcher of torch.library costs more than all of the front.
 """
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.library import register_autograd
 
-from fp8dispatch import autograd, dgrad, execute, policy, recorded, registry
+from fp8dispatch import autograd, dgrad, execute, graph_policy, policy, registry
 from fp8dispatch.checks import (
     check_activation_scale,
     check_activations,
@@ -53,7 +53,7 @@ for _schema in (
 ):
     define(_schema)
 """``block_n = block_k = 0`` means a recipe without blocks, ``backend = ""`` any backend; ``dgrad``
-is a text of `fp8dispatch.recorded`."""
+is a text of `fp8dispatch.graph_policy`."""
 
 
 def linear(
@@ -67,7 +67,7 @@ def linear(
     backend: str | None,
 ) -> torch.Tensor:
     """Record a checked call of `fp8_linear`."""
-    from fp8dispatch.recording import dgrad_of  # it imports the compiler
+    from fp8dispatch.graph_recording import dgrad_of  # it imports the compiler
 
     block = operands.recipe.block_size or (0, 0)
     out: torch.Tensor = torch.ops.fp8dispatch.linear.default(
@@ -135,7 +135,7 @@ def _run(
     recorded_dgrad: str = "",
 ) -> torch.Tensor:
     allowed = policy.resolve(backend or None, registry.NAMES)
-    recorded.check(recorded_dgrad, allowed)
+    graph_policy.check(recorded_dgrad, allowed)
     if recorded_dgrad:
         dgrad.admit(x, operands.weight, operands.recipe, allowed)
     call = LinearCall(
@@ -254,7 +254,7 @@ def _linear_grad_input(
 ) -> torch.Tensor:
     operands = _check_linear_grad_input(grad, weight, weight_scale, k, block_n, block_k, dtype)
     rows = grad.reshape(-1, grad.shape[-1])
-    allowed = recorded.decode(dgrad)
+    allowed = graph_policy.decode(dgrad)
     with without_autocast(grad):
         out = autograd.input_gradient(
             rows, operands.weight, operands.scale, operands.recipe, dtype, allowed

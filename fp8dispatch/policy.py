@@ -118,7 +118,7 @@ _reloads = 0
 dgrad_stated = ""
 """All that is stated, as a text, while anything about dgrad is. The guards of torch.compile compare
 it: they cannot read a ContextVar. It follows the thread that stated something last; a graph that
-runs under another policy than it was recorded for says so itself (`fp8dispatch.recorded`)."""
+runs under another policy than it was recorded for says so itself (`fp8dispatch.graph_policy`)."""
 
 
 def resolve(backend: str | None, known: tuple[str, ...]) -> Policy:

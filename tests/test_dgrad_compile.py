@@ -17,8 +17,8 @@ from fp8dispatch import (
     BackendUnavailableError,
     ConfigurationError,
     fp8_linear,
+    graph_policy,
     policy,
-    recorded,
     registry,
     use_backend,
 )
@@ -157,14 +157,14 @@ def test_backward_honours_the_policy_that_forward_ran_under(linear: Call) -> Non
     seen: list[Policy | None] = []
     run = compiled(linear, "aot_eager")
     x, grad = example()
-    decode = recorded.decode
+    decode = graph_policy.decode
     with (
         pytest.MonkeyPatch.context() as patch,
         use_backend("triton,eager", accuracy="fast", dgrad="fp8"),
     ):
         out = run(x)
         stated = policy.resolve(None, registry.NAMES)
-        patch.setattr(recorded, "decode", lambda text: seen.append(decode(text)) or seen[-1])
+        patch.setattr(graph_policy, "decode", lambda text: seen.append(decode(text)) or seen[-1])
         torch.autograd.grad(out, x, grad)
     assert seen == [stated]
     assert stated.accuracy is Accuracy.FAST
@@ -189,20 +189,20 @@ def test_the_text_of_a_policy() -> None:
         Policy(("triton", "eager"), ("cublaslt",), Accuracy.FAST, True, "use_backend", Dgrad.FP8),
         Policy(dgrad=Dgrad.FP8, tuned=False),
     ):
-        assert recorded.decode(recorded.encode(allowed)) == allowed
-        recorded.check(recorded.encode(allowed), allowed)
-        recorded.check("", allowed)
+        assert graph_policy.decode(graph_policy.encode(allowed)) == allowed
+        graph_policy.check(graph_policy.encode(allowed), allowed)
+        graph_policy.check("", allowed)
         with pytest.raises(ConfigurationError, match="compiled for the policy"):
-            recorded.check(recorded.encode(allowed), Policy())
+            graph_policy.check(graph_policy.encode(allowed), Policy())
         with pytest.raises(ConfigurationError, match="compiled for the policy dequantized"):
-            recorded.check("dequantized", allowed)
-    assert recorded.decode("") is recorded.decode("dequantized") is None
-    recorded.check("dequantized", Policy(("eager",)))
+            graph_policy.check("dequantized", allowed)
+    assert graph_policy.decode("") is graph_policy.decode("dequantized") is None
+    graph_policy.check("dequantized", Policy(("eager",)))
 
 
 def test_a_graph_of_another_policy_does_not_run_unnoticed() -> None:
     x, *rest = arguments_of("linear", BLOCK, (5,))
-    text = recorded.encode(Policy(dgrad=Dgrad.FP8))
+    text = graph_policy.encode(Policy(dgrad=Dgrad.FP8))
     with pytest.raises(ConfigurationError, match="is stated now"):
         torch.ops.fp8dispatch.linear(x, *rest, text)
 
@@ -243,6 +243,6 @@ def test_a_module_is_compiled_as_it_is_run() -> None:
 
 def test_operators_refuse_what_calls_refuse() -> None:
     x, *rest = arguments_of("linear", oracle.RECIPES["block-1x64"], (5,))
-    text = recorded.encode(Policy(dgrad=Dgrad.FP8))
+    text = graph_policy.encode(Policy(dgrad=Dgrad.FP8))
     with use_backend(dgrad="fp8"), pytest.raises(BackendUnavailableError, match="found groups"):
         torch.ops.fp8dispatch.linear(x, *rest, text)

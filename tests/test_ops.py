@@ -20,7 +20,7 @@ from fp8dispatch import (
     UnsupportedTransformError,
     fp8_linear,
     fp8_linear_quantized,
-    recorded,
+    graph_policy,
     use_backend,
 )
 from fp8dispatch.formats import ACTIVATION_DTYPES
@@ -111,7 +111,7 @@ def test_opcheck_with_an_fp8_dgrad(recipe: str, name: str) -> None:
     allowed = Policy(dgrad=Dgrad.FP8)
     with use_backend(dgrad="fp8"):
         arguments = arguments_of(name, RECIPES[recipe], (2, 3))
-        torch.library.opcheck(operator, (*arguments, recorded.encode(allowed)))
+        torch.library.opcheck(operator, (*arguments, graph_policy.encode(allowed)))
 
 
 @pytest.mark.usefixtures("bytes_compare")

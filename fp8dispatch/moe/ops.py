@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.library import register_autograd
 
+from fp8dispatch import graph_policy, policy, registry
 from fp8dispatch import ops as linear_ops
-from fp8dispatch import policy, recorded, registry
 from fp8dispatch.checks import check_activations, check_choice
 from fp8dispatch.errors import UnsupportedTransformError
 from fp8dispatch.formats import ACTIVATION_DTYPES
@@ -55,7 +55,7 @@ def experts(
     debug: bool,
 ) -> torch.Tensor:
     """Record a checked call; `tensors` are the `TENSORS` of `moe.autograd`."""
-    from fp8dispatch.recording import dgrad_of  # it imports the compiler
+    from fp8dispatch.graph_recording import dgrad_of  # it imports the compiler
 
     block = operands.recipe.block_size or (0, 0)
     out: torch.Tensor = torch.ops.fp8dispatch.experts.default(
@@ -81,7 +81,7 @@ def _experts(*arguments: Any) -> torch.Tensor:
     if debug:
         check_values(routing)
     allowed = policy.resolve(backend or None, registry.NAMES)
-    recorded.check(text, allowed)
+    graph_policy.check(text, allowed)
     if text:
         dgrad.admit(x, weight, routing, operands.recipe, allowed)
     with without_autocast(x):
@@ -115,7 +115,7 @@ def _grad_input(
 ) -> torch.Tensor:
     recipe = _check_grad(grad, weight, weight_scale, block_n, block_k, dtype)
     routing = execute.route_of(inputs, weight.shape[0], index, gather, scatter, batched=batched)
-    allowed = recorded.decode(dgrad)
+    allowed = graph_policy.decode(dgrad)
     with without_autocast(grad):
         return input_gradient(grad, weight, weight_scale, routing, recipe, dtype, allowed)
 

@@ -13,9 +13,9 @@ from fp8dispatch import (
     ConfigurationError,
     FP8Experts,
     explain_experts,
+    graph_policy,
     policy,
     prepare,
-    recorded,
     use_backend,
     warmup,
 )
@@ -187,7 +187,7 @@ def test_opcheck(way: str) -> None:
     batched = way.startswith("batched")
     index = given["expert_ids" if batched else "offsets"]
     places = given.get("gather"), given.get("scatter")
-    text = recorded.encode(policy.Policy(dgrad=Dgrad.FP8))
+    text = graph_policy.encode(policy.Policy(dgrad=Dgrad.FP8))
     x = given["x"].detach().requires_grad_()
     operators = torch.ops.fp8dispatch
     weights = given["weight"], given["weight_scale"]
@@ -244,7 +244,7 @@ def test_the_operator_refuses_what_the_call_refuses() -> None:
         x, given["weight"], given["weight_scale"], given["expert_ids"], None, None, None, None,
         True, 1, 32, torch.bfloat16, "", False,
     )  # fmt: skip
-    text = recorded.encode(policy.Policy(dgrad=Dgrad.FP8))
+    text = graph_policy.encode(policy.Policy(dgrad=Dgrad.FP8))
     operator = torch.ops.fp8dispatch.experts
     with use_backend(dgrad="fp8"), pytest.raises(BackendUnavailableError, match="found groups"):
         operator(*arguments, text)

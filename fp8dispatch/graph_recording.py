@@ -1,4 +1,4 @@
-"""What torch.compile reads of the policy while it records a call; see `recorded`.
+"""What torch.compile reads of the policy while it records a call; see `graph_policy`.
 
 Imported by the first call that is recorded: it imports the compiler, which eager calls never need.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from fp8dispatch import policy, registry
-from fp8dispatch.recorded import encode
+from fp8dispatch.graph_policy import encode
 
 
 def dgrad_of(x: torch.Tensor, backend: str | None) -> str:
