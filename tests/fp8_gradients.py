@@ -40,7 +40,8 @@ def quantized(grad: torch.Tensor, group: int) -> torch.Tensor:
     parts = []
     for columns in grad.float().split(group, dim=1):
         amax = columns.abs().amax(1, keepdim=True)
-        scale = torch.where(amax == 0, 1.0, amax.clamp(min=1e-12) / 448.0)
+        # By a tensor: CUDA multiplies by the reciprocal of a number, which rounds otherwise.
+        scale = torch.where(amax == 0, 1.0, amax.clamp(min=1e-12) / torch.full_like(amax, 448.0))
         parts.append(round_to_e4m3(columns / scale) * scale.double())
     return torch.cat(parts, 1)
 

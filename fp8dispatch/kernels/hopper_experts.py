@@ -12,9 +12,11 @@ its main loop and what the compiler must not do to it are described there. What 
   for the host, so a captured graph follows the routing; uneven routing costs no more than tiles.
 * The tiles of an expert follow each other, GROUP_M rows of tiles together, column by column: its
   weights are read from memory once for each GROUP_M * 128 of its rows.
-* Rows are not padded. A tile begins at any row of `a`: TMA asks for aligned addresses and strides,
-  not for aligned coordinates. Behind its expert's last row it multiplies rows of the next one,
-  which are not stored. A consumer whose 64 rows all lie behind the end only hands the stages back.
+* Rows are not padded. A tile begins at any row of `a`; behind its expert's last row it multiplies
+  rows of the next one, which are not stored. Scales of an expert begin at a multiple of 16 bytes
+  (`first_scale`): rows are their innermost coordinate, where TMA takes nothing else (an H200 stops
+  with an illegal instruction). A consumer whose 64 rows all lie behind the end only hands the
+  stages back.
 * b is one tensor map over [E, N, K], so columns from N on are zeros and experts may lie apart.
 * Rows leave by ordinary stores, since each may go anywhere: pieces of 64 rows and 128 bytes pass
   through shared memory, so that eight lanes write a whole line of a row, 16 bytes each. Rows of no
@@ -84,13 +86,14 @@ def _produce(
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert, start, end, place = find_tile(table, tile, tiles, TILES_N)
         row, tile_n = place_in_expert(place, start, end, TILES_N, GROUP_M)
+        scales = row - start + (start + 3 * expert + 3) // 4 * 4  # `first_scale`
         for k in range((K + 127) // 128):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, 128 * 128 + 256 * 128 + 128 * 4)
             tma_load(a, [row, k * 128], bar, a_s.index(stage))
             tma_load(b, [expert, tile_n * 256, k * 128], bar, b_s.index(stage))
-            tma_load(a_scale, [k if BLOCKWISE else 0, row], bar, s_s.index(stage))
+            tma_load(a_scale, [k if BLOCKWISE else 0, scales], bar, s_s.index(stage))
             stage, phase = advance(stage, phase, STAGES)
 
 
@@ -202,7 +205,7 @@ def _consume(
 def hopper_experts(
     a,  # [S, K] in boxes [128, 128]: rows sorted by expert
     b,  # [E, N, K] in boxes [1, 256, 128]
-    a_scale,  # [ceil(K / 128) or 1, S] in boxes [1, 128]
+    a_scale,  # [ceil(K / 128) or 1, columns] in boxes [1, 128]
     out,  # [rows of the output, N], contiguous
     b_scale,  # [E, ceil(N / 128), ceil(K / 128)], [E, N], or [E] with SCALE_STRIDE 0
     bias,  # [E, N] or None

@@ -17,13 +17,13 @@ from fp8dispatch.kernels.hopper_experts_config import (
     STAGES,
     TILE_COLUMNS,
     TILE_ROWS,
+    scale_columns,
 )
 from fp8dispatch.kernels.hopper_experts_rows import GROUP, prepare_rows
 from fp8dispatch.kernels.launch import ceil_div, device_limits, on_device_of
 from fp8dispatch.kernels.sorted_rows import SortedRows
 
 _STORE = 16  # bytes
-_PITCH = 4  # fp32 scales of a group start at multiples of 16 bytes
 
 
 def experts_matmul(
@@ -59,9 +59,8 @@ def experts_matmul(
     groups = ceil_div(k, GROUP) if blockwise else 1
     most_tiles = tile_bound(rows, experts, TILE_ROWS)
     data = torch.empty((rows, k), dtype=b.dtype, device=device)
-    scale = torch.empty(
-        (groups, ceil_div(rows, _PITCH) * _PITCH), dtype=torch.float32, device=device
-    )
+    columns = scale_columns(rows, experts)
+    scale = torch.empty((groups, columns), dtype=torch.float32, device=device)
     index = torch.empty((2, experts + 1), dtype=torch.int32, device=device)
     targets = torch.empty(rows, dtype=torch.int32, device=device)
     table = torch.empty((1 + most_tiles, 4), dtype=torch.int32, device=device)
@@ -77,7 +76,7 @@ def experts_matmul(
     views = (
         (data, (rows, k), (k, 1)),
         (b, (experts, n, k), _strides(b)),
-        (scale, (groups, rows), (scale.stride(0), 1)),
+        (scale, (groups, columns), (columns, 1)),
     )
     rest = (out, b_scale, bias, targets, table, rows)
     programs = min(device_limits(device).multiprocessors, most_tiles * ceil_div(n, TILE_COLUMNS))

@@ -3,7 +3,8 @@
 One launch behind `experts_routing.schedule`, portable Triton:
 
 * each sorted row that an expert multiplies is read where `gather` says, quantised, and written to
-  its place in [S, K]; the scales [groups, S] lie S-major, as the GEMM's tensor map reads them;
+  its place in [S, K]; the scales of a group lie side by side, as the GEMM's tensor map reads them,
+  and those of an expert begin at a multiple of 16 bytes (`hopper_experts_config.first_scale`);
 * ``targets[s]`` is where `scatter` sends the row, or -1 for a row that nobody multiplies: it has no
   expert, or an index leads nowhere. Where such a row has a place in the output, zeros go there;
 * the table says how many tiles of 128 rows there are, and of each its expert, the expert's first
@@ -69,8 +70,8 @@ def prepare_rows(
         x: ``[T, K]``, bfloat16, float16 or float32, any strides.
         static_scale: ``[E]`` positive float32 multipliers of any stride, or None.
         data: ``[S, K]`` output, float8_e4m3fn, contiguous; rows nobody multiplies stay as they are.
-        scale: ``[groups, S]`` float32 output, last stride 1; groups is ceil(K / 128), or 1 with
-            `whole_rows`.
+        scale: ``[groups, scale_columns(S, E)]`` float32 output, last stride 1; groups is
+            ceil(K / 128), or 1 with `whole_rows`. What no row has stays as it is.
         out: ``[S, N]``, contiguous: the output of the multiplication.
         index: ``[2, E + 1]`` int32, contiguous, as `experts_routing.schedule` writes it for tiles
             of 128 rows.
@@ -186,8 +187,8 @@ def _prepare_kernel(
     x_places = source[:, None, None] * x_stride_row
     x_places += (cols.to(tl.int64) * x_stride_col)[None, :, :]
     x = tl.load(x_ptr + x_places, mask=inside, other=0.0).to(tl.float32)
+    expert = find_group(index_ptr, row, experts + 1, STEPS)
     if static_ptr is not None:
-        expert = find_group(index_ptr, row, experts + 1, STEPS)
         own = static_ptr + tl.minimum(expert, experts - 1).to(tl.int64) * static_stride
         of_row = tl.load(own, mask=valid, other=1.0)
         scale = tl.broadcast_to(of_row[:, None], (ROWS, GROUPS))
@@ -201,7 +202,10 @@ def _prepare_kernel(
         code = _encode(_divide(x, scale[:, :, None]), data_ptr.dtype.element_ty, FORMAT)
     data_places = row.to(tl.int64)[:, None, None] * k + cols[None, :, :]
     tl.store(data_ptr + data_places, code, mask=inside)
-    scale_places = groups.to(tl.int64)[None, :] * scale_pitch + row[:, None]
+    before = tl.maximum(expert - 1, 0)
+    start = tl.where(expert > 0, tl.load(index_ptr + before, mask=valid, other=0), 0)
+    column = row - start + (start + 3 * expert + 3) // 4 * 4  # `first_scale`
+    scale_places = groups.to(tl.int64)[None, :] * scale_pitch + column[:, None]
     wanted = live[:, None] & (groups < scale_groups)[None, :]
     tl.store(scale_ptr + scale_places, scale, mask=wanted)
 

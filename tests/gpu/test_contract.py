@@ -9,6 +9,7 @@ import fp8dispatch
 from fp8dispatch import policy
 from fp8dispatch.recipe import BLOCK_128
 from tests import matrix, oracle
+from tests.gpu import synchronisation
 
 pytestmark = pytest.mark.gpu
 
@@ -175,17 +176,13 @@ def test_backends_agree_on_quantised_operands() -> None:
             oracle.assert_matches(out, expected, label=f"{backend} {recipe}")
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_second_call_does_not_synchronise() -> None:
     weight, scale = oracle.make_weight(256, 512, BLOCK_128, device="cuda")
     x = torch.randn(16, 512, device="cuda", dtype=torch.bfloat16)
     for backend in matrix.SHIPPED:
         first = fp8dispatch.fp8_linear(x, weight, scale, backend=backend)
-        torch.cuda.set_sync_debug_mode("error")  # a synchronisation now raises
-        try:
+        with synchronisation.forbidden():
             second = fp8dispatch.fp8_linear(x, weight, scale, backend=backend)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
         assert torch.equal(first, second), backend
 

@@ -92,15 +92,18 @@ def test_compiled_and_captured() -> None:
     (got,) = torch.autograd.grad(out, x, grad)
     assert torch.equal(got, expected)
 
+    # A leaf of its own: autograd binds one to the stream of its first use while graphs of it live.
     stream = torch.cuda.Stream()
+    leaf = x.detach().clone().requires_grad_()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream), use_backend(dgrad="fp8"):
         fp8dispatch.warmup(fp8, [64])
         for _ in range(2):
-            torch.autograd.grad(fp8(x), x, grad)
+            torch.autograd.grad(fp8(leaf), leaf, grad)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with use_backend(dgrad="fp8"), torch.cuda.graph(graph, stream=stream):
-        (captured,) = torch.autograd.grad(fp8(x), x, grad)
+        (captured,) = torch.autograd.grad(fp8(leaf), leaf, grad)
     captured.fill_(torch.nan)
     graph.replay()
     torch.cuda.synchronize()

@@ -18,6 +18,7 @@ from fp8dispatch.probes.device import describe
 from fp8dispatch.problem import Accuracy
 from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR, Granularity, Recipe
 from tests import oracle
+from tests.gpu import synchronisation
 from tests.moe.cases import RECIPES, WAYS, Call, make_call
 
 pytestmark = [
@@ -152,11 +153,8 @@ def test_a_captured_call_follows_new_routing(backend: ExpertBackend, way: str) -
 def test_a_second_call_does_not_synchronise(backend: ExpertBackend, way: str) -> None:
     call = make_call(way, recipe_of(backend.name), 8, 256, 512, 64, device="cuda")
     expected = call.run(backend=backend.name)
-    torch.cuda.set_sync_debug_mode("error")  # a call that synchronises raises
-    try:
+    with synchronisation.forbidden():
         again = call.run(backend=backend.name)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(again, expected)
 
 

@@ -25,6 +25,7 @@ from fp8dispatch.probes.device import describe
 from fp8dispatch.quantization.activation import quantize_activation
 from fp8dispatch.recipe import BLOCK_128, Granularity
 from tests import matrix, oracle
+from tests.gpu import synchronisation
 
 pytestmark = [
     pytest.mark.gpu,
@@ -157,11 +158,8 @@ def test_side_streams_and_graphs_give_the_same_numbers(backend: LibraryBackend) 
 
 def test_a_second_call_does_not_synchronise(backend: LibraryBackend) -> None:
     x, expected, linear = block_call(backend)
-    torch.cuda.set_sync_debug_mode("error")  # a call that synchronises raises
-    try:
+    with synchronisation.forbidden():
         again = linear(x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(again, expected)
 
 

@@ -11,6 +11,7 @@ import fp8dispatch
 from fp8dispatch import plans
 from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR, Granularity, Recipe
 from tests import oracle
+from tests.gpu import synchronisation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,15 +113,11 @@ def test_streams_and_graphs() -> None:
     assert all(torch.equal(out, expected) for out in (*captured, *found))
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_ready_call_does_not_synchronise() -> None:
     weight, scale = oracle.make_weight(264, 1024, BLOCK_128, device="cuda")
     x = torch.randn(300, 1024, device="cuda", dtype=torch.bfloat16)
     for _ in range(3):
         first = fp8dispatch.fp8_linear(x, weight, scale, backend="triton")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronisation.forbidden():
         again = fp8dispatch.fp8_linear(x, weight, scale, backend="triton")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first, again)

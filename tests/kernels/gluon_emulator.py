@@ -96,6 +96,9 @@ class Descriptor:
     def overlap(self, place: list[Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """The part of the tensor under a box, and of the box over the tensor."""
         outer, inner = [], []
+        # An H200 stops with an illegal instruction (2026-11, fp32 boxes at columns 3 and 101).
+        step = self.whole.itemsize
+        assert int(place[-1]) * step % 16 == 0, f"TMA at {int(place[-1]) * step} bytes of a row"
         for start, size, whole in zip(map(int, place), self.block, self.whole.shape, strict=True):
             first, last = max(start, 0), max(min(start + size, whole), max(start, 0))
             outer.append(slice(first, last))

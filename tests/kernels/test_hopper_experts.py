@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8dispatch.kernels import experts_routing
-from fp8dispatch.kernels.hopper_experts_config import GROUP_M, TILE_ROWS
+from fp8dispatch.kernels.hopper_experts_config import (
+    GROUP_M,
+    PITCH,
+    TILE_ROWS,
+    first_scale,
+    scale_columns,
+)
 from fp8dispatch.kernels.hopper_experts_rows import prepare_rows
 from fp8dispatch.kernels.launch import ceil_div
 from fp8dispatch.kernels.sorted_rows import SortedRows
@@ -46,6 +52,29 @@ def test_what_is_no_tile_is_at_the_start() -> None:
     assert PLACE(0, 0, 0, 7, GROUP_M) == (0, 0)
 
 
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=40))
+def test_scales_of_experts_are_aligned_and_apart(counts: list[int]) -> None:
+    end, start = 0, 0
+    for expert, count in enumerate(counts):
+        first = first_scale(start, expert)
+        assert first % PITCH == 0
+        assert first >= end
+        start, end = start + count, first + count
+    columns = scale_columns(start, len(counts))
+    assert end <= columns < start + PITCH * (len(counts) + 1)
+    assert columns % PITCH == 0, "rows of scales are aligned too"
+
+
+def columns_of(ends: torch.Tensor) -> torch.Tensor:
+    """Where the scale of each sorted row stands."""
+    starts = [0, *ends.tolist()[:-1]]
+    columns = [
+        first_scale(start, expert) + torch.arange(end - start)
+        for expert, (start, end) in enumerate(zip(starts, ends.tolist(), strict=True))
+    ]
+    return torch.cat(columns).to(ends.device)
+
+
 def prepared(
     routed: SortedRows,
     x: torch.Tensor,
@@ -59,7 +88,7 @@ def prepared(
     experts = routed.ends.shape[0]
     groups = 1 if whole_rows else ceil_div(k, 128)
     data = torch.empty((rows, k), dtype=torch.float8_e4m3fn, device=device)
-    scale = torch.empty((groups, ceil_div(rows, 4) * 4), dtype=torch.float32, device=device)
+    scale = torch.empty((groups, scale_columns(rows, experts)), dtype=torch.float32, device=device)
     out = torch.full((rows, n), 7.0, dtype=torch.bfloat16, device=device)
     index = torch.empty((2, experts + 1), dtype=torch.int32, device=device)
     targets = torch.empty(rows, dtype=torch.int32, device=device)
@@ -109,7 +138,7 @@ def test_rows_are_gathered_and_quantised_as_anywhere(
     group = k if whole_rows else 128
     wanted, wanted_scale = dynamic.quantize(x[gather], group, data.dtype, use_kernels=True)
     assert torch.equal(data.view(torch.uint8), wanted.view(torch.uint8))
-    assert torch.equal(scale[:, :rows].t(), wanted_scale)
+    assert torch.equal(scale[:, columns_of(ends)].t(), wanted_scale)
     assert torch.equal(targets.long(), torch.arange(rows, device=device))
 
 
@@ -123,7 +152,7 @@ def test_static_scales_are_those_of_the_row_s_expert(whole_rows: bool, device: s
     data, scale, *_ = prepared(SortedRows(ends, rows), x, static=static, whole_rows=whole_rows)
 
     owner = torch.searchsorted(ends, torch.arange(rows, device=device), right=True)
-    assert torch.equal(scale[:, :rows], static[owner].expand(scale.shape[0], rows))
+    assert torch.equal(scale[:, columns_of(ends)], static[owner].expand(scale.shape[0], rows))
     for expert in range(experts):
         own = owner == expert
         wanted, _ = dynamic.quantize(x[own], k, data.dtype, static[expert : expert + 1])

@@ -162,10 +162,12 @@ def test_kernel_and_strips_give_the_same_gradient(
     recipe = RECIPES["block-64x128"]
     data, scale = oracle.make_weight(70, 150, recipe, device=device)
     grad = torch.randn(6, 70, device=device).to(dtype)
-    results = []
-    for kernels in (True, False):
+    wide = oracle.dequantized_weight(data, scale, recipe).float().to(dtype).double()
+    exact, mass = grad.double() @ wide, grad.double().abs() @ wide.abs()
+    # The kernel sums in fp32 and rounds once; cuBLAS may round partial sums to 16 bits between.
+    for kernels, sums in ((True, 2.0**-20), (False, torch.finfo(dtype).eps / 4)):
         monkeypatch.setattr(autograd, "dequantizes_in_kernel", lambda *_, answer=kernels: answer)
-        results.append(autograd.grad_input(grad, data, scale, recipe))
-
-    # Both sum rounded products in fp32, each in its own order, and round once.
-    torch.testing.assert_close(*results, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+        got = autograd.grad_input(grad, data, scale, recipe).double()
+        bound = torch.finfo(dtype).eps / 2 * exact.abs() + sums * mass + 2.0**-24
+        worst = ((got - exact).abs() / bound).max().item()
+        assert worst <= 1, f"kernels {kernels}: {worst:.2f} times the bound"
