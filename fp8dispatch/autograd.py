@@ -23,7 +23,7 @@ from fp8dispatch.recipe import Recipe, ceil_div
 STRIP_ELEMENTS = 1 << 25
 """Most elements of the weight that backward holds dequantised at a time (64 MiB in bf16)."""
 
-KERNEL_CAPABILITIES: tuple[tuple[int, int], ...] = ()
+KERNEL_CAPABILITIES: tuple[tuple[int, int], ...] = ((9, 0),)
 """Where the kernel for dX has been seen to compute right numbers; a gradient has no canary."""
 
 

@@ -17,8 +17,10 @@ measured on their prototypes are described in `fp8dispatch.kernels.hopper_gemm` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
+from typing import ClassVar
 
 from fp8dispatch.backends.deferred import computed_in
 from fp8dispatch.backends.library import LibraryBackend
@@ -35,7 +37,8 @@ class Gluon(LibraryBackend):
     distribution = "triton"
     minimum_version = GLUON_TRITON[0]
     capabilities = ((9, 0),)
-    verified_capabilities = ()  # not run on a GPU yet: its first run is in a child process
+    verified_capabilities: ClassVar[tuple[tuple[int, int], ...]] = ((9, 0),)
+    verified_versions: ClassVar[Mapping[str, tuple[str, ...]]] = {"triton": ("3.6.0",)}
     weight_dtypes = frozenset({"float8_e4m3fn", "float8_e5m2"})
     out_dtypes = frozenset({"bfloat16", "float16", "float32"})
     align_k = 16

@@ -21,11 +21,11 @@ from fp8dispatch.kernels.launch import ceil_div, device_limits, on_device_of
 from fp8dispatch.kernels.ready_quantize import quantize as quantize
 from fp8dispatch.kernels.ready_quantize import repeat_quantize as repeat_quantize
 
-PROGRAMMATIC = False
-"""The decode kernel starts while our quantiser runs. Off until `tests/gpu/test_programmatic.py` has
-passed on a GPU; launches that are not direct are ordinary in any case."""
+PROGRAMMATIC = True
+"""The decode kernel starts while our quantiser runs; launches that are not direct are ordinary in
+any case. `tests/gpu/test_programmatic.py` holds that no earlier write is overtaken."""
 
-PROGRAMMATIC_IN_GRAPHS = False
+PROGRAMMATIC_IN_GRAPHS = True
 """And also where the two launches are captured into a CUDA graph (CUDA 12.3 or later): the same."""
 
 _MOST_PLANS = 8192

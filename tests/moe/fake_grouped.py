@@ -256,7 +256,7 @@ def deep_masked(
     *,
     disable_ue8m0_cast: bool,
 ) -> None:
-    """``m_grouped_fp8_gemm_nt_masked``: whole tiles of 128 are written, also beyond a block."""
+    """``fp8_m_grouped_gemm_nt_masked``: whole tiles of 128 are written, also beyond a block."""
     _deep_operands(a, b, disable_ue8m0_cast)
     (data, scale), (weight, weight_scale) = a, b
     experts, room, _ = data.shape
@@ -285,7 +285,7 @@ def plant_deepgemm(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A module ``deep_gemm`` with both entries, which counts as imported."""
     module = types.ModuleType("deep_gemm")
     module.m_grouped_fp8_gemm_nt_contiguous = deep_contiguous  # type: ignore[attr-defined]
-    module.m_grouped_fp8_gemm_nt_masked = deep_masked  # type: ignore[attr-defined]
+    module.fp8_m_grouped_gemm_nt_masked = deep_masked  # type: ignore[attr-defined]
     module.get_mk_alignment_for_contiguous_layout = lambda: 128  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "deep_gemm", module)
     monkeypatch.setattr(DEEPGEMM_LINEAR, "_load_refusals", ())

@@ -1,8 +1,8 @@
 """The grouped GEMM that torch carries: ``torch.nn.functional.scaled_grouped_mm``, per row.
 
 CUTLASS kernels of torch's own, not cuBLASLt's, which has no grouped GEMM for FP8. Read in torch's
-sources (GroupedBlas.cpp, ScaledGroupMM.cu, GroupMMCommon.cuh at 2.10 to 2.13), never run on a GPU
-by us: it stands behind our own kernels, and its first run is in a child process.
+sources (GroupedBlas.cpp, ScaledGroupMM.cu, GroupMMCommon.cuh at 2.10 to 2.13), and run on an H200
+with 2.11; with another torch its first run is in a child process.
 
 * ``scaled_grouped_mm(xq, wq.transpose(1, 2), x_scale, RowWise, w_scale, RowWise, offs=ends)``: rows
   of one expert behind those of another, `x_scale` fp32 [rows], `w_scale` [E, N], `ends` int32 [E]:
@@ -16,6 +16,9 @@ by us: it stands behind our own kernels, and its first run is in a child process
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
 
 from fp8dispatch.backends.deferred import computed_in
 from fp8dispatch.errors import Refusal
@@ -34,6 +37,8 @@ class Cutlass(GroupedLibrary):
     distribution = "torch"
     minimum_version = "2.10"
     capabilities = ((9, 0),)
+    verified_capabilities: ClassVar[tuple[tuple[int, int], ...]] = ((9, 0),)
+    verified_versions: ClassVar[Mapping[str, tuple[str, ...]]] = {"torch": ("2.11.0",)}
     recipes = frozenset({Granularity.TENSOR, Granularity.ROW})
     accuracies = frozenset({Accuracy.EXACT, Accuracy.FAST})
     align_n = 16

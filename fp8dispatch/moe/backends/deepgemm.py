@@ -6,7 +6,7 @@ Two layouts of the distribution that `fp8dispatch.backends.deepgemm` describes, 
 * Contiguous, ``m_grouped_fp8_gemm_nt_contiguous((a, sa), (b, sb), out, m_indices)``: ``m_indices``
   says the expert of each row of `a`. A tile of 128 rows belongs to one expert, so each expert's
   rows begin at a multiple of 128; places without a row say -1.
-* Masked, ``m_grouped_fp8_gemm_nt_masked((a, sa), (b, sb), out, masked_m, expected_m)``: `a`
+* Masked, ``fp8_m_grouped_gemm_nt_masked((a, sa), (b, sb), out, masked_m, expected_m)``: `a`
   [E, R, K] holds the rows of each expert in a block of its own, of which the first ``masked_m[e]``
   count, and tiles without rows are not computed. For few rows in any order: every expert must have
   room for all of them, so memory grows with E x R, and R is a multiple of the largest tile, since
@@ -31,7 +31,7 @@ from fp8dispatch.moe.backends.library import GroupedLibrary, refuse_grouped
 from fp8dispatch.problem import ExpertsProblem, LinearProblem
 from fp8dispatch.recipe import Granularity, Recipe, ceil_div
 
-CONTIGUOUS, MASKED = "m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked"
+CONTIGUOUS, MASKED = "m_grouped_fp8_gemm_nt_contiguous", "fp8_m_grouped_gemm_nt_masked"
 TILE_ROWS = 128
 
 MOST_MASKED_BYTES = 2**30

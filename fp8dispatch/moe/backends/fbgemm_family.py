@@ -1,8 +1,8 @@
 """The grouped GEMMs of FBGEMM's GenAI kernels and of MSLK; see the linear's module for both.
 
 Read in their sources (f8f8bf16_groupwise_grouped and f8f8bf16_rowwise_grouped of FBGEMM 1.4 to 1.6
-and MSLK 1.1), never run on a GPU by us: they stand behind our own kernels, and their first run is
-in a child process. Both take ``(xq, wq, x_scale, w_scale, M_sizes)``: `xq` [P, K], the rows of one
+and MSLK 1.1); FBGEMM 1.6.0 has run on an H200, and of others the first run is in a child process.
+Both take ``(xq, wq, x_scale, w_scale, M_sizes)``: `xq` [P, K], the rows of one
 expert behind those of another, `wq` [E, N, K], ``M_sizes`` int64 [E] on the device. Neither looks
 at scales, strides or FP8 dtypes, so everything is checked here.
 

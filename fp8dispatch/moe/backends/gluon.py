@@ -6,11 +6,13 @@ want it. Rows are gathered, quantised and sorted in one launch, and go from the 
 where they belong. It takes decode calls too, and is not made for them: a tile holds 128 rows of one
 expert. `fp8dispatch.kernels.hopper_experts` describes the kernel.
 
-Compiled for sm_90 and not run on a GPU yet: it stands behind the portable kernels, and its first
-run is in a child process.
+Run on an H200 with Triton 3.6; with another Triton its first run is in a child process.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
 
 from fp8dispatch.backends.deferred import computed_in
 from fp8dispatch.backends.gluon import BACKEND as LINEAR
@@ -30,7 +32,8 @@ class Gluon(ExpertBackend):
     distribution = LINEAR.distribution
     minimum_version = LINEAR.minimum_version
     capabilities = LINEAR.capabilities
-    verified_capabilities = ()  # not run on a GPU yet: its first run is in a child process
+    verified_capabilities: ClassVar[tuple[tuple[int, int], ...]] = ((9, 0),)
+    verified_versions: ClassVar[Mapping[str, tuple[str, ...]]] = {"triton": ("3.6.0",)}
     weight_dtypes = frozenset({"float8_e4m3fn"})
     align_k = 16
     experts = computed_in("fp8dispatch.moe.backends.compute.gluon")
