@@ -197,6 +197,18 @@ class Capability(ABC):
 class Backend(Capability):
     """A way to compute ``out = dequantised(x) @ dequantised(weight).T + bias``."""
 
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        linear, settled = (
+            next(one for one in cls.__mro__ if name in one.__dict__)
+            for name in ("linear", "settled")
+        )
+        if linear is cls and settled not in (cls, Backend):
+            raise TypeError(
+                f"{cls.__name__} needs a settled() of its own beside its linear(), found that of "
+                f"{settled.__name__}, whose repeated calls compute the linear of {settled.__name__}"
+            )
+
     def row_multiple(self, problem: LinearProblem) -> int:
         """Rows of quantised activations come padded to this multiple, with zeros of scale 1."""
         return 1

@@ -11,11 +11,18 @@ unasked. Activations that come quantised are multiplied as the backend `triton` 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fp8dispatch.backends.deferred import computed_in
 from fp8dispatch.backends.triton import Triton
 from fp8dispatch.errors import Refusal
 from fp8dispatch.machine import Machine
 from fp8dispatch.problem import LinearProblem
+
+if TYPE_CHECKING:
+    import torch
+
+    from fp8dispatch.backends.contract import Weight
 
 
 class WeightOnly(Triton):
@@ -34,6 +41,15 @@ class WeightOnly(Triton):
             need = "activations without a scale, since it does not quantise them"
             return [Refusal("static", need, "one static activation scale")]
         return []
+
+    def settled(
+        self,
+        weight: Weight,
+        activation_scale: torch.Tensor | None,
+        problem: LinearProblem,
+        device: torch.device,
+    ) -> None:
+        """Nothing: the ready launches of `triton` quantise the activations."""
 
 
 BACKEND = WeightOnly()

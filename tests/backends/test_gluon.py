@@ -128,9 +128,11 @@ def test_problem(problem: LinearProblem, expected: list[str]) -> None:
     assert told(BACKEND.refuse_problem(problem, H200)) == expected
 
 
-def test_it_is_registered_and_not_yet_trusted_anywhere() -> None:
+def test_it_is_registered_and_trusted_with_the_triton_it_ran_with() -> None:
     assert registry.load("gluon") is BACKEND
-    assert BACKEND.verified_capabilities == ()
+    for version, verified in (("3.6.0", True), ("3.7.1", False)):
+        machine = replace(H200, versions={**H200.versions, "triton": version})
+        assert BACKEND.is_verified(machine) is verified
 
 
 @pytest.mark.parametrize("multiprocessors", [132, 114, 78], ids=["H200", "H100 PCIe", "H20"])

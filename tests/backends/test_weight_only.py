@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 import fp8dispatch
 from fp8dispatch import explain, fp8_linear, registry, routes
+from fp8dispatch.backends.compute import triton as compute
+from fp8dispatch.backends.contract import Weight
 from fp8dispatch.backends.eager import Eager
 from fp8dispatch.backends.triton import Triton
 from fp8dispatch.backends.weight_only import BACKEND, WeightOnly
@@ -153,3 +156,24 @@ def test_the_canary_wants_activations_as_they_are(device: str) -> None:
     result = run_canary(Quantizing(), torch.device(device), ROW)
     assert not result.right
     assert "linear with" in result.reason
+
+
+def test_calls_that_come_again_are_not_those_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ready launches of `triton` quantise activations; an H200 took them from here, once."""
+    problem = blocks(m=16, n=256, k=512)
+    operands = oracle.make_weight(256, 512, BLOCK_128)
+    weight = Weight(operands[0], operands[1], BLOCK_128, operands[1])
+    monkeypatch.setattr(compute, "DIRECT_CAPABILITIES", ((9, 0),))
+    monkeypatch.setattr(compute, "device_limits", lambda device: SimpleNamespace(capability=(9, 0)))
+    gpu = torch.device("cuda", 0)
+
+    assert registry.load("triton").settled(weight, None, problem, gpu) is not None
+    assert BACKEND.settled(weight, None, problem, gpu) is None
+
+
+def test_a_linear_of_its_own_needs_a_settled_of_its_own() -> None:
+    with pytest.raises(TypeError, match="needs a settled\\(\\) of its own beside its linear"):
+
+        class Other(Triton):
+            name = "other"
+            linear = Triton.linear

@@ -176,6 +176,18 @@ def test_backends_agree_on_quantised_operands() -> None:
             oracle.assert_matches(out, expected, label=f"{backend} {recipe}")
 
 
+@pytest.mark.parametrize("m", [1, 16, 300])
+def test_calls_that_come_again_compute_what_the_first_did(m: int) -> None:
+    """From the third call on launches may be ready: another way to the same bits."""
+    weight, scale = oracle.make_weight(256, 512, BLOCK_128, device="cuda")
+    x = torch.randn(m, 512, device="cuda", dtype=torch.bfloat16)
+    for backend in (*matrix.SHIPPED, "gluon", "weight_only"):
+        first = fp8dispatch.fp8_linear(x, weight, scale, backend=backend)
+        for _ in range(5):
+            again = fp8dispatch.fp8_linear(x, weight, scale, backend=backend)
+            assert torch.equal(first, again), backend
+
+
 def test_a_second_call_does_not_synchronise() -> None:
     weight, scale = oracle.make_weight(256, 512, BLOCK_128, device="cuda")
     x = torch.randn(16, 512, device="cuda", dtype=torch.bfloat16)

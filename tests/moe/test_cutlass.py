@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -161,9 +162,11 @@ def test_call(problem: object, expected: list[str]) -> None:
     assert told(BACKEND.refuse_problem(problem, H200)) == expected  # type: ignore[arg-type]
 
 
-def test_it_has_no_linear_and_is_not_verified() -> None:
+def test_it_has_no_linear_and_is_verified_with_one_torch() -> None:
     (refusal,) = registry.load("cutlass").refuse_machine(H200)
 
     assert str(refusal) == "needs an expert matmul, found a linear layer"
     assert registry.load_experts("cutlass") is BACKEND
-    assert not BACKEND.is_verified(H200)
+    for version, verified in (("2.11.0+cu130", True), ("2.12.0", False)):
+        machine = replace(H200, versions={**H200.versions, "torch": version})
+        assert BACKEND.is_verified(machine) is verified

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fp8dispatch import BackendUnavailableError, registry
+from fp8dispatch.moe.backends import deepgemm
 from fp8dispatch.moe.backends.compute import deepgemm_contiguous, deepgemm_masked
 from fp8dispatch.moe.backends.deepgemm import DeepGemm, masked_rows
 from fp8dispatch.recipe import BLOCK_128, ROW
@@ -105,8 +106,9 @@ def test_a_library_with_other_tiles_is_refused(
 
 @pytest.mark.parametrize("entry", ["contiguous", "masked"])
 def test_a_release_without_an_entry_is_refused(library: types.ModuleType, entry: str) -> None:
-    delattr(library, f"m_grouped_fp8_gemm_nt_{entry}")
-    with pytest.raises(BackendUnavailableError, match=rf"needs deep_gemm\.m_grouped.*_{entry}"):
+    (name,) = (name for name in (deepgemm.CONTIGUOUS, deepgemm.MASKED) if name.endswith(entry))
+    delattr(library, name)
+    with pytest.raises(BackendUnavailableError, match=rf"needs deep_gemm\.{name}"):
         run(DeepGemm(), make_call("grouped", BLOCK_128, 3, 16, 144, 6))
 
 

@@ -200,10 +200,11 @@ def test_call(problem: object, machine: Machine, expected: list[str]) -> None:
     assert told(Fbgemm().refuse_problem(problem, machine)) == expected  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["fbgemm", "mslk"])
-def test_it_is_not_verified(name: str) -> None:
+@pytest.mark.parametrize(("name", "verified"), [("fbgemm", True), ("mslk", False)])
+def test_which_of_the_two_has_been_seen_to_run(name: str, verified: bool) -> None:
     backend = registry.load_experts(name)
 
     assert backend.name == name
     assert backend.refuse_machine(H200) == ()
-    assert not backend.is_verified(H200)
+    assert backend.is_verified(H200) is verified
+    assert not backend.is_verified(having(H200, fbgemm_gpu_genai="1.5.0", mslk_cuda="1.0.0"))

@@ -58,9 +58,11 @@ def test_refusals(changes: dict[str, object], expected: list[str]) -> None:
     assert told(BACKEND.refuse_problem(problem, H200)) == expected
 
 
-def test_it_is_not_verified_and_stands_behind_the_portable_kernels() -> None:
+def test_it_is_verified_with_one_triton_and_stands_behind_the_portable_kernels() -> None:
     assert registry.load_experts("gluon") is BACKEND
-    assert not BACKEND.is_verified(H200)
+    for version, verified in (("3.6.0", True), ("3.7.1", False)):
+        machine = replace(H200, versions={**H200.versions, "triton": version})
+        assert BACKEND.is_verified(machine) is verified
     order, _ = routes.order_for(PROBLEM, H200, registry.NAMES)
     assert order.index("triton") < order.index("gluon") < order.index("eager")
 
