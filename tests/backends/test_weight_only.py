@@ -150,6 +150,7 @@ def test_the_canary_wants_activations_as_they_are(device: str) -> None:
 
     class Quantizing(WeightOnly):
         linear = Triton.linear
+        settled = WeightOnly.settled
 
     result = run_canary(BACKEND, torch.device(device), ROW)
     assert result.right, result.reason
