@@ -44,7 +44,10 @@ from fp8dispatch.recipe import BLOCK_128
 GEMM_ROWS = (256, 1024, 4096, 8192)
 DECODE_ROWS = (1, 16, 32, 64)
 PEERS = ("deepgemm", "cublaslt")
-SAFETY = ("wide", "square", "split", "split3", "split4", "decode", "decode_tall", "decode_split")
+SAFETY = (
+    "wide", "square", "narrow", "split", "split3", "split4", "narrow_split", "narrow_split3",
+    "narrow_split4", "decode", "decode_tall", "decode_split",
+)  # fmt: skip
 SAFETY_GEMM = ((256, 4096, 7168), (130, 264, 1040), (2100, 4096, 2048))
 SAFETY_DECODE = ((16, 4096, 7168), (64, 4096, 7168), (5, 1000, 1040))
 SAFETY_SECONDS = 110.0
@@ -89,11 +92,16 @@ def configurations() -> Row:
 def kinds_for(m: int, n: int, k: int, sms: int) -> dict[str, HopperConfig]:
     """Our kernels that fit a shape, by name, without the choice among them."""
     if m > 64:
-        found = {"wide": gemm_config("wide", m, k), "square": gemm_config("square", m, k)}
+        found = {
+            "wide": gemm_config("wide", m, k),
+            "square": gemm_config("square", m, k),
+            "narrow": gemm_config("square", m, k, narrow=True),
+        }
         for parts in (2, 3, 4):
-            config = gemm_config("split", m, k, split=parts)
-            if config.tiles(m, n) * parts <= sms:
-                found["split" if parts == 2 else f"split{parts}"] = config
+            for name, narrow in (("split", False), ("narrow_split", True)):
+                config = gemm_config("split", m, k, split=parts, narrow=narrow)
+                if config.tiles(m, n) * parts <= sms and k >= 128 * parts:
+                    found[name if parts == 2 else f"{name}{parts}"] = config
         return found
     base = decode_config(m, n, k, sms)
     found = {"decode": base}
@@ -111,7 +119,8 @@ def kinds_for(m: int, n: int, k: int, sms: int) -> dict[str, HopperConfig]:
 def chosen_kind(m: int, n: int, k: int, sms: int) -> str:
     """The kind that the library takes, by the names of `kinds_for`."""
     choice = choose_config(m, n, k, False, sms)
-    return str(choice.kind if choice.split <= 2 or m <= 64 else f"split{choice.split}")
+    kinds = kinds_for(m, n, k, sms)
+    return next((name for name, config in kinds.items() if config == choice), choice.kind)
 
 
 def kind_arm(operands: Linear, config: HopperConfig, copy: int = 0) -> Callable[[], torch.Tensor]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.library import register_autograd
 
-from fp8dispatch import autograd, dgrad, execute, graph_policy, policy, registry
+from fp8dispatch import autograd, dgrad, execute, graph_policy, plans, policy, registry
 from fp8dispatch.checks import (
     check_activation_scale,
     check_activations,
@@ -133,7 +133,7 @@ def _run(
     backend: str,
     quantized: QuantizedActivation | None = None,
     recorded_dgrad: str = "",
-) -> torch.Tensor:
+) -> tuple[LinearCall, torch.Tensor]:
     allowed = policy.resolve(backend or None, registry.NAMES)
     graph_policy.check(recorded_dgrad, allowed)
     if recorded_dgrad:
@@ -148,7 +148,7 @@ def _run(
     )
     with without_autocast(x):
         out = execute.forward(x, weight, weight_scale, bias, activation_scale, call)
-    return out.contiguous()  # which the fake promises; a copy only after a backend that pads N
+    return call, out.contiguous()  # which the fake promises; a copy only where N was padded
 
 
 def _empty_output(x: torch.Tensor, operands: Operands, dtype: torch.dtype) -> torch.Tensor:
@@ -182,8 +182,18 @@ def _linear(
     dgrad: str = "",  # torch leaves out an argument that has its default value
 ) -> torch.Tensor:
     tensors = (x, weight, weight_scale, bias, activation_scale)
+    like = stated(block_n, block_k), out_dtype, backend or None
+    if not dgrad:
+        # The operator's own gradient is recorded around it: in here nothing is.
+        with torch.no_grad():
+            out = plans.run(*tensors, *like)
+        if out is not None:
+            return out.contiguous()
     operands = _check_linear(*tensors, block_n, block_k, out_dtype, backend)
-    return _run(*tensors, operands, out_dtype, backend, recorded_dgrad=dgrad)
+    call, out = _run(*tensors, operands, out_dtype, backend, recorded_dgrad=dgrad)
+    if not dgrad:
+        plans.keep(*tensors, *like, call)
+    return out
 
 
 def _linear_fake(
@@ -213,9 +223,10 @@ def _check_linear_quantized(
 def _linear_quantized(*arguments: Any) -> torch.Tensor:
     operands, quantized = _check_linear_quantized(*arguments)
     data, _, weight, weight_scale, bias, _, _, out_dtype, backend = arguments
-    return _run(
+    _, out = _run(
         data, weight, weight_scale, bias, None, operands, out_dtype, backend, quantized=quantized
     )
+    return out
 
 
 def _linear_quantized_fake(*arguments: Any) -> torch.Tensor:

@@ -42,10 +42,12 @@ class Gluon(LibraryBackend):
     weight_dtypes = frozenset({"float8_e4m3fn", "float8_e5m2"})
     out_dtypes = frozenset({"bfloat16", "float16", "float32"})
     align_k = 16
-    canary_sizes = (  # the canary's own take the split of K
+    canary_sizes = (  # the canary's own take narrow tiles
         (5, 264, 1280),  # decode, K shared by two programs
         (33, 200, 272),  # decode, K no multiple of 128
-        (130, 272, 272),  # square
+        (130, 201, 272),  # narrow, stored without TMA, K no multiple of 128
+        (130, 72, 3840),  # narrow, K shared by two programs
+        (130, 4288, 144),  # square
         (130, 8585, 144),  # square, stored without TMA, more tiles than an H100 has SMs
         (130, 26112, 144),  # wide, the same
     )

@@ -1,20 +1,21 @@
 """Which Hopper kernel runs a call, and in which shape: a pure function of sizes and the device.
 
-No autotuning: two runs give the same bits. Up to 64 rows the decode kernel; above, of the kinds of
-`hopper_gemm`, the one whose last wave of tiles wastes least, and a split of K where tiles are few.
+No autotuning: two runs give the same bits. Up to 64 rows the decode kernel; above, the kind of
+`hopper_gemm` that a model of its time, fitted to measurements, says is fastest: waves of tiles over
+the SMs, and for few tiles half as many columns ("narrow") or a split of K.
 
-Evidence: the prototypes on one H200, Triton 3.6 (TFLOP/s, M x N x K): "wide" 4096x4096x7168 1256,
-4096x7168x2048 1217, 8192x8192x8192 1239; "square" 256x7168x16384 1005 (DeepGEMM 990), 512x4096x7168
-1021; "split" by two 256x4096x7168 641. Decode: the figures in `hopper_decode`, whose ring sizes
-here are the best of a sweep; a split of 3, 4 or more and sizes below 60 tiles were not timed.
+The ring sizes of the decode kernel are the best of a sweep; the figures are in `hopper_decode`.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fp8dispatch.kernels.launch import ceil_div, next_power_of_2
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Kind = Literal["wide", "square", "split", "decode"]
 
@@ -24,6 +25,16 @@ DECODE_ROWS = 64
 
 SHARED_MEMORY = 232_448
 """Bytes that one program may have on capability 9.0."""
+
+# Microseconds on an H200, fitted to the times of every kind that fits at M = 128 to 1024 of sixteen
+# weights, cold (bench/results/h200-hopper-kinds.json). A tile that stands alone on its SM takes
+# less than a machine full of them, so these say which kind wins, not how long it runs.
+_BLOCK_US = {256: 0.58, 128: 0.30, 64: 0.195}
+"""A tile, by its columns, over 128 of K."""
+_TILE_US = 0.5
+_SPLIT_US = {64: tuple((parts, 0.5 + 1.1 * parts) for parts in (2, 3, 4))}
+"""Writing the parts of a tile and adding them up, by its columns. Tiles of 128 columns take 3 for
+each part, and nearly always more than narrow ones in fewer parts."""
 
 _GROUP_M = 16
 _BARRIERS = 2_048  # mbarriers and alignment, far more than they take
@@ -86,26 +97,44 @@ def choose_config(m: int, n: int, k: int, masked: bool, multiprocessors: int) ->
     """
     if m <= DECODE_ROWS:
         return decode_config(m, n, k, multiprocessors)
-    rows = ceil_div(m, 128)
-    square, wide = rows * ceil_div(n, 128), rows * ceil_div(n, 256)
-    blocks = ceil_div(k, 128)
-    for split, shortest in ((4, 8), (3, 8), (2, 2)):
-        # Parts much shorter than the ring would spend their time on starting and adding up.
-        if split * square <= multiprocessors and blocks >= shortest * split:
-            return gemm_config("split", m, k, split=split)
-    # Time in units of a 128x128 tile; "wide" is a few percent faster at equal work (L2 traffic).
-    time_wide, time_square = (
-        width * ceil_div(tiles, multiprocessors) for width, tiles in ((2, wide), (1, square))
-    )
-    if not masked and 100 * time_wide <= 104 * time_square:
+    best = min(_candidates(m, n, k, masked, multiprocessors))  # of equals the earliest
+    _, _, columns, split = best
+    if columns == 256:
         return gemm_config("wide", m, k)
-    return gemm_config("square", m, k, masked=masked)
+    kind: Kind = "square" if split == 1 else "split"
+    return gemm_config(kind, m, k, split=split, masked=masked, narrow=columns == 64)
+
+
+def _candidates(
+    m: int, n: int, k: int, masked: bool, multiprocessors: int
+) -> Iterator[tuple[float, int, int, int]]:
+    """(microseconds beyond what every kernel takes, place, columns of a tile, split) of each."""
+    rows, blocks = ceil_div(m, 128), ceil_div(k, 128)
+    place = 0
+    for columns, block_us in _BLOCK_US.items():
+        if columns == 256 and masked:
+            continue
+        tiles = rows * ceil_div(n, columns)
+        for split, split_us in ((1, 0.0), *_SPLIT_US.get(columns, ())):
+            if split > 1 and (split * tiles > multiprocessors or blocks < 2 * split):
+                continue
+            waves = ceil_div(split * tiles, multiprocessors)
+            place += 1
+            yield (
+                waves * (ceil_div(blocks, split) * block_us + _TILE_US) + split_us,
+                place,
+                columns,
+                split,
+            )
 
 
 def gemm_config(
-    kind: Kind, m: int, k: int, *, split: int = 1, masked: bool = False
+    kind: Kind, m: int, k: int, *, split: int = 1, masked: bool = False, narrow: bool = False
 ) -> HopperConfig:
-    """The given kind of `hopper_gemm` or `hopper_split` for any number of rows."""
+    """The given kind of `hopper_gemm` or `hopper_split` for any number of rows.
+
+    `narrow` halves the 128 columns of "square" and "split" tiles.
+    """
     even = ceil_div(m, 128) % _GROUP_M == 0
     if kind == "wide":
         return HopperConfig("wide", 128, 256, stages=4, even=even)
@@ -115,9 +144,10 @@ def gemm_config(
     whole = next((unroll for unroll in (8, 7, 6, 4) if blocks % unroll == 0), None)
     longest = 4 if masked or kind == "split" else 8
     unroll = whole or min(longest, blocks)
+    columns, stages = (64, 7) if narrow else (128, 5)
     if kind == "square":
-        return HopperConfig("square", 128, 128, stages=5, unroll=unroll, even=even)
-    return HopperConfig("split", 128, 128, stages=5, split=split, unroll=unroll)
+        return HopperConfig("square", 128, columns, stages=stages, unroll=unroll, even=even)
+    return HopperConfig("split", 128, columns, stages=stages, split=split, unroll=unroll)
 
 
 def decode_config(m: int, n: int, k: int, multiprocessors: int) -> HopperConfig:

@@ -15,12 +15,13 @@ stay busy because the other consumer's chain runs meanwhile. So everything but t
 is kept out of the gap between two chains: the wait for the next stage runs under the second chain,
 and a stage is released only after the next chain is issued.
 
-"square": 128x128 tiles, 5 stages. Two partial sums: the next chain is issued before the last one is
-promoted, in straight-line bodies of UNROLL blocks.
+"square": 128x128 tiles, 5 stages; for few tiles half as many columns, 128x64 and 7 stages
+("narrow"). Two partial sums: the next chain is issued before the last one is promoted, in
+straight-line bodies of UNROLL blocks.
 
-"split": "square" with K divided over SPLIT programs of a tile, for few tiles. Each writes its
-partial tile to a workspace that stays in L2 and counts itself in; the last one to arrive adds them
-up in a fixed order (of two, the other's to its own: addition commutes), so the result does not
+"split": "square" with K divided over SPLIT programs of a tile, for the fewest tiles. Each writes
+its partial tile to a workspace that stays in L2 and counts itself in; the last one to arrive adds
+them up in a fixed order (of two, the other's to its own: addition commutes), so the result does not
 depend on who is last. No program waits for another: any order of dispatch makes progress.
 
 Blocks of the weight's scale have sides that are multiples of 128 (SCALE_N, SCALE_K), so that one
@@ -160,7 +161,7 @@ def _consume(
 ):
     """The tiles of one consumer, 64 rows of each."""
     L: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64 if BLOCK_N == 64 else 128, 32]
     )
     RL: gl.constexpr = gl.SliceLayout(1, L)
     base: gl.constexpr = WG * 64
@@ -276,7 +277,7 @@ def hopper_gemm(
     BUFFERS: gl.constexpr,
     UNROLL: gl.constexpr,
 ):
-    """ "wide" with BLOCK_N = 256, "square" with 128; a persistent program takes tile after tile."""
+    """ "wide" with BLOCK_N = 256, "square" with 128 or 64; a program takes tile after tile."""
     a_s = gl.allocate_shared_memory(a.dtype, [STAGES, 128, 128], a.layout)
     b_s = gl.allocate_shared_memory(b.dtype, [STAGES, BLOCK_N, 128], b.layout)
     s_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 128], a_scale.layout)

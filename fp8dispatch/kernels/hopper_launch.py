@@ -298,7 +298,7 @@ def _gemm_kernel(
         boxes.append(_box([64, 128 // out_dtype.itemsize], out_dtype))
     constants = {"N": n, "K": k, **scales.constants(), "MASKED": masked}
     if config.kind == "split":
-        constants |= {"STAGES": config.stages, "SPLIT": config.split}
+        constants |= {"BLOCK_N": config.block_n, "STAGES": config.stages, "SPLIT": config.split}
         constants |= {"BUFFERS": _BUFFERS, "UNROLL": config.unroll}
         return Kernel(hopper_gemm_split, boxes, constants, 4)
     constants |= {"BLOCK_N": config.block_n, "STAGES": config.stages, "GROUP_M": config.group_m}

@@ -106,9 +106,10 @@ def finish_tile(
     BUFFERS: gl.constexpr,
     L: gl.constexpr,
 ):
-    """Column scales of the row-wise recipe, bias, one rounding, and the store of 64x128."""
+    """Column scales of the row-wise recipe, bias, one rounding, the store of 64x128 or 64x64."""
+    WIDTH: gl.constexpr = acc.shape[1]
     if (not BLOCKWISE) or (bias is not None) or MASKED:
-        cols = col + gl.arange(0, 128, gl.SliceLayout(0, L))
+        cols = col + gl.arange(0, WIDTH, gl.SliceLayout(0, L))
     if not BLOCKWISE:
         scale = gl.load(b_scale + cols * SCALE_STRIDE, mask=cols < N, other=0.0)
         acc = acc * gl.expand_dims(scale, 0)
@@ -120,6 +121,13 @@ def finish_tile(
         places = c + gl.expand_dims(rows.to(gl.int64) * N, 1) + gl.expand_dims(cols, 0)
         valid = gl.expand_dims(rows < m, 1) & gl.expand_dims(cols < N, 0)
         gl.store(places, acc.to(c.dtype.element_ty), mask=valid)
+    elif WIDTH == 64:
+        if c.dtype == gl.float32:
+            x, y = _halves(acc, 64, 64)
+            _store_piece(c, c_s, x, row, col, WG, first, BUFFERS)
+            _store_piece(c, c_s, y, row, col + 32, WG, first + 1, BUFFERS)
+        else:
+            _store_piece(c, c_s, acc.to(c.dtype), row, col, WG, first, BUFFERS)
     else:
         x, y = _halves(acc.to(c.dtype), 64, 128)
         if c.dtype == gl.float32:
@@ -227,10 +235,11 @@ def square_tile(
     UNROLL: gl.constexpr,
     L: gl.constexpr,
 ):
-    """COUNT blocks of K of 64x128 from `first_block` on; the first `scales` have a scale of B."""
-    acc = gl.zeros([64, 128], gl.float32, L)
-    p = gl.zeros([64, 128], gl.float32, L)
-    q = gl.zeros([64, 128], gl.float32, L)
+    """COUNT blocks of K of 64 rows from `first_block` on; the first `scales` have a scale of B."""
+    WIDTH: gl.constexpr = b_s.shape[1]
+    acc = gl.zeros([64, WIDTH], gl.float32, L)
+    p = gl.zeros([64, WIDTH], gl.float32, L)
+    q = gl.zeros([64, WIDTH], gl.float32, L)
     mbarrier.wait(full.index(stage), phase)
     for body in range(COUNT // UNROLL):
         acc, p, q, scale_place, b_scale, stage, phase = _square_body(

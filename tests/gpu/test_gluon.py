@@ -128,6 +128,14 @@ def quarters(m: int, n: int, k: int) -> HopperConfig:
     return gemm_config("split", m, k, split=4)
 
 
+def narrow(m: int, n: int, k: int) -> HopperConfig:
+    return gemm_config("square", m, k, narrow=True)
+
+
+def narrow_thirds(m: int, n: int, k: int) -> HopperConfig:
+    return gemm_config("split", m, k, split=3, narrow=True)
+
+
 def decode(m: int, n: int, k: int) -> HopperConfig:
     return decode_config(m, n, k, MULTIPROCESSORS)
 
@@ -150,7 +158,7 @@ def decode_split(m: int, n: int, k: int) -> HopperConfig:
     return found._replace(split=3, chunk=1, stages=min(found.stages, max(1, k // 128 // 3)))
 
 
-GEMMS = (wide, square, square_long, halves, thirds, quarters)
+GEMMS = (wide, square, square_long, narrow, narrow_thirds, halves, thirds, quarters)
 DECODES = (decode, decode_shallow, decode_tall, decode_split)
 
 
@@ -188,7 +196,9 @@ def test_every_gemm_is_right_on_ragged_sizes(
 
 
 @pytest.mark.parametrize("recipe", TAKEN)
-@pytest.mark.parametrize("kind", (square, halves, quarters), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", (square, narrow, narrow_thirds, halves, quarters), ids=lambda kind: kind.__name__
+)
 def test_outputs_that_bulk_copies_cannot_store(
     kind: Callable[..., HopperConfig], recipe: str
 ) -> None:
@@ -280,7 +290,7 @@ def test_a_second_call_does_not_synchronise(m: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", (wide, halves, quarters, decode, decode_split), ids=lambda k: k.__name__
+    "kind", (wide, halves, narrow_thirds, decode, decode_split), ids=lambda k: k.__name__
 )
 def test_graphs_replay_beside_eager_calls(kind: Callable[..., HopperConfig]) -> None:
     """A captured launch has its own workspace: replays on another stream disturb nobody."""

@@ -27,7 +27,7 @@ from fp8dispatch.backends.contract import Weight
 from fp8dispatch.backends.gluon import BACKEND
 from fp8dispatch.formats import dtype_name
 from fp8dispatch.kernels import direct_launch, float8, hopper_config, hopper_launch
-from fp8dispatch.kernels.hopper_config import HopperConfig, choose_config, gemm_config
+from fp8dispatch.kernels.hopper_config import HopperConfig, Kind, choose_config, gemm_config
 from fp8dispatch.kernels.launch import DeviceLimits
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.quantization.activation import QuantizedActivation
@@ -121,6 +121,11 @@ def split(m: int, k: int, parts: int) -> HopperConfig:
     return gemm_config("split", m, k, split=parts)
 
 
+def narrow(m: int, k: int, parts: int = 1, masked: bool = False) -> HopperConfig:
+    kind: Kind = "split" if parts > 1 else "square"
+    return gemm_config(kind, m, k, split=parts, masked=masked, narrow=True)
+
+
 E5M2 = torch.float8_e5m2
 LARGE = Recipe(Granularity.BLOCK, (384, 256))
 
@@ -137,6 +142,8 @@ VARIANTS: dict[str, Any] = {
     "decode_e5m2": lambda: call(16, 4096, 7168, weight_dtype=E5M2),
     "wide_blocks": lambda: call(4096, 4096, 7168, recipe=LARGE),
     "split_blocks": lambda: call(256, 4096, 7168, recipe=LARGE),
+    "narrow": lambda: call(256, 4096, 7168, config=narrow(256, 7168)),
+    "narrow_split": lambda: call(256, 576, 7168, bias=True, config=narrow(256, 7168, 4)),
     "quantise_groups": lambda: quantise(16, 7168, 128),
     "quantise_rows": lambda: quantise(16, 7168, 7168),
 }
@@ -157,6 +164,16 @@ MORE: dict[str, Any] = {
     "split_four_odd": lambda: call(130, 272, 5760, config=split(130, 5760, 4)),
     "split_row": lambda: call(256, 4096, 7168, recipe=ROW, bias=True, out_dtype="float32"),
     "split_masked": lambda: call(256, 4099, 7168, bias=True, out_dtype="float16"),
+    "narrow_row": lambda: call(256, 6144, 4096, recipe=ROW, bias=True, config=narrow(256, 4096)),
+    "narrow_fp32": lambda: call(130, 272, 1664, out_dtype="float32", config=narrow(130, 1664)),
+    "narrow_masked": lambda: call(
+        130, 4099, 1040, bias=True, config=narrow(130, 1040, masked=True)
+    ),
+    "narrow_blocks": lambda: call(256, 4096, 7168, recipe=LARGE, config=narrow(256, 7168)),
+    "narrow_split_fp32": lambda: call(
+        256, 2112, 7168, out_dtype="float32", recipe=ROW, bias=True, config=narrow(256, 7168, 3)
+    ),
+    "narrow_split_masked": lambda: call(130, 201, 1664, config=narrow(130, 1664, 2, masked=True)),
     "decode_1_row": lambda: call(1, 7168, 2048),
     "decode_32": lambda: call(32, 24576, 1536),
     "decode_64": lambda: call(64, 4096, 7168),

@@ -68,11 +68,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[Emulated]:
     modules = [hopper_tile, hopper_experts_tile, hopper_experts]
     for module, name, stand_in in gluon_emulator.replacements(modules):
         monkeypatch.setattr(module, name, stand_in, raising=False)
-    # Two names of Gluon that the other kernels do without.
+    # A name of Gluon that the other kernels do without.
     layout = SimpleNamespace(layout=None)
     monkeypatch.setattr(gluon_emulator.Tile, "type", layout, raising=False)
-    shape = property(lambda buffer: buffer.memory.shape)
-    monkeypatch.setattr(gluon_emulator.Shared, "shape", shape, raising=False)
     monkeypatch.setattr(hopper_experts_launch, "kernel_for", emulated)
     monkeypatch.setattr(hopper_experts_launch, "launch", plain_launch)
     return ran

@@ -141,6 +141,10 @@ class Shared:
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.memory.shape
+
     def index(self, place: Any) -> Shared:
         assert 0 <= int(place) < self.memory.shape[0]
         return Shared(self.memory[int(place)])

@@ -74,7 +74,10 @@ def test_the_measured_shapes_take_the_kernels_that_were_measured() -> None:
         assert choose_config(m, n, k, False, H200) == gemm_config("wide", m, k)
     assert choose_config(256, 7168, 16384, False, H200).kind == "square"
     assert choose_config(512, 4096, 7168, False, H200).kind == "square"
-    assert choose_config(256, 4096, 7168, False, H200) == gemm_config("split", 256, 7168, split=2)
+    narrow = gemm_config("square", 256, 7168, narrow=True)
+    assert choose_config(256, 4096, 7168, False, H200) == narrow
+    halves = gemm_config("split", 256, 7168, split=2, narrow=True)
+    assert choose_config(256, 1536, 7168, False, H200) == halves
 
 
 @pytest.mark.parametrize(
@@ -103,8 +106,9 @@ def test_few_tiles_share_their_k() -> None:
     config = decode_config(16, 512, 7168, H200)
     assert config.split == 8  # of 56 blocks: eight equal parts, 64 programs
     assert decode_config(16, 512, 128, H200).split == 1  # one block cannot be shared
-    assert choose_config(128, 4096, 7168, False, H200).split == 4
-    assert choose_config(128, 4096, 512, False, H200).split == 2
+    assert choose_config(128, 4096, 7168, False, H200).split == 2
+    assert choose_config(128, 576, 7168, False, H200).split == 3
+    assert choose_config(128, 1280, 8192, False, H200).split == 4
     assert choose_config(128, 4096, 128, False, H200).split == 1
 
 

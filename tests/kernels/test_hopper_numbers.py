@@ -109,13 +109,17 @@ def of_kind(kind: str, m: int, n: int, k: int) -> HopperConfig:
             stages = min(found.stages, 8) // chunk * chunk
             return found._replace(block_n=128, chunk=chunk, stages=stages, warps=8)
         return found._replace(split=3, chunk=1, stages=min(found.stages, max(1, k // 128 // 3)))
-    if kind.startswith("split"):
-        return gemm_config("split", m, k, split=int(kind[-1]))
-    return gemm_config("wide" if kind == "wide" else "square", m, k, masked=kind == "square 4")
+    narrow = kind.startswith("narrow")
+    if kind.startswith(("split", "narrow ")):
+        return gemm_config("split", m, k, split=int(kind[-1]), narrow=narrow)
+    masked = kind == "square 4"
+    return gemm_config("wide" if kind == "wide" else "square", m, k, masked=masked, narrow=narrow)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
-@pytest.mark.parametrize("kind", ["wide", "square", "square 4", "split 2", "split 3"])
+@pytest.mark.parametrize(
+    "kind", ["wide", "square", "square 4", "split 2", "split 3", "narrow", "narrow 2", "narrow 3"]
+)
 def test_every_gemm(kind: str, recipe: Recipe) -> None:
     """Tails of M, N and K, several tiles a program, short and long K, every output dtype."""
     for m, n, k, dtype, bias in [
@@ -139,7 +143,7 @@ def test_every_decode_kernel(kind: str, recipe: Recipe) -> None:
         Operands(m, n, k, recipe, dtype, bias).check(of_kind(kind, m, n, k))
 
 
-@pytest.mark.parametrize("kind", ["square 4", "split 2", "decode"])
+@pytest.mark.parametrize("kind", ["square 4", "split 2", "narrow", "narrow 2", "decode"])
 def test_outputs_that_bulk_copies_cannot_store(kind: str) -> None:
     for m, n, k in ((33, 201, 640), (64, 1, 256), (1, 999, 384)):
         Operands(m, n, k, bias=True).check(of_kind(kind, m, n, k))
