@@ -164,6 +164,8 @@ def outside_of_pools(device: torch.device, build: Callable[[], T]) -> T:
     Before torch.compile captures a CUDA graph it runs the code once, with all that the thread
     allocates taken from the graph's private pool. What is remembered must not lie there.
     """
+    if device.type != "cuda":
+        return build()
     stream = torch.cuda.current_stream(device)
 
     def run() -> T:

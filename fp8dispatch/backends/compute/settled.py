@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fp8dispatch.backends.contract import Backend, Weight
+from fp8dispatch.prepare import outside_of_pools
 from fp8dispatch.problem import LinearProblem
 from fp8dispatch.workspace import is_small
 
@@ -80,7 +81,8 @@ class Settled:
         self._small = is_small(problem.m, problem.k, groups)
         # An output is made like this one of a single element: half the cost of `torch.empty`.
         dtype = getattr(torch, problem.out_dtype)
-        one = torch.empty(1, dtype=dtype, device=device)
+        # Not in the memory of a graph of torch.compile, which counts what a warm-up run leaves.
+        one = outside_of_pools(device, lambda: torch.empty(1, dtype=dtype, device=device))
         self._like = one.expand(problem.m, problem.n)
         self._ready: dict[Hashable, Ready | None] = {}
 
