@@ -25,8 +25,8 @@ flight over a loop's back edge. The conversion is volatile assembly, so LLVM lea
 the wait; ptxas does so only where a branch stands between them, for which a barrier that is over is
 waited for once more (AHEAD; without it a consumer converts while the other one multiplies).
 
-Persistent: a program takes items (a tile, a part of N) in turns. SPLIT parts of N share a tile
-where tiles are few or fill their last wave badly. Each part writes its float32 tile to a workspace
+Persistent: a program takes items (a tile, a part of N) in turns. With SPLIT, `split` parts of N share a
+tile where tiles are few or fill their last wave badly. Each part writes its float32 tile to a workspace
 that stays in L2 and counts itself in; the last one to arrive adds them up in a fixed order, so the
 result does not depend on who is last. No program waits for another.
 
@@ -66,16 +66,16 @@ from fp8dispatch.kernels.hopper_tile import advance, lane_zero
 
 
 @gluon.jit
-def _place(item, tiles_m, tiles_k, steps, SPLIT: gl.constexpr, GROUP_M: gl.constexpr):
-    """Tile, part, row and column of the tile, and the steps of N from first to last."""
-    tile = item // SPLIT
-    part = item - tile * SPLIT
+def _place(item, tiles_m, tiles_k, steps, split, GROUP_M: gl.constexpr):
+    """Tile, part, row and column of the tile, and the part's steps of N from first to last."""
+    tile = item // split
+    part = item - tile * split
     group = tile // (GROUP_M * tiles_k)
     place = tile - group * (GROUP_M * tiles_k)
     rows = gl.minimum(tiles_m - group * GROUP_M, GROUP_M)
     col = place // rows
     row = group * GROUP_M + place - col * rows
-    return tile, part, row, col, part * steps // SPLIT, (part + 1) * steps // SPLIT
+    return tile, part, row, col, part * steps // split, (part + 1) * steps // split
 
 
 @gluon.jit
@@ -91,11 +91,11 @@ def _produce(
     m,
     n,
     k,
+    split,
     ROWS: gl.constexpr,
     TILE_M: gl.constexpr,
     TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
-    SPLIT: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
     BLOCKS: gl.constexpr = TILE_K // 128
@@ -105,8 +105,8 @@ def _produce(
     steps = gl.cdiv(n, 64)
     stage = 0
     phase = 1
-    for item in range(gl.program_id(0), tiles_m * tiles_k * SPLIT, gl.num_programs(0)):
-        _tile, _part, row, col, first, last = _place(item, tiles_m, tiles_k, steps, SPLIT, GROUP_M)
+    for item in range(gl.program_id(0), tiles_m * tiles_k * split, gl.num_programs(0)):
+        _tile, _part, row, col, first, last = _place(item, tiles_m, tiles_k, steps, split, GROUP_M)
         for step in range(first, last):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
@@ -278,6 +278,7 @@ def _consume(
     m,
     n,
     k,
+    split,
     ROWS: gl.constexpr,
     SCALE_N: gl.constexpr,
     SCALE_K: gl.constexpr,
@@ -313,9 +314,9 @@ def _consume(
         scale_cols = gl.cdiv(k, SCALE_K)
     stage = 0
     phase = 0
-    for item in range(gl.program_id(0), tiles_m * tiles_k * SPLIT, gl.num_programs(0)):
+    for item in range(gl.program_id(0), tiles_m * tiles_k * split, gl.num_programs(0)):
         tile, part, tile_m, tile_k, first, last = _place(
-            item, tiles_m, tiles_k, steps, SPLIT, GROUP_M
+            item, tiles_m, tiles_k, steps, split, GROUP_M
         )
         row = tile_m * TILE_M + (WG * BLOCK_M if TALL else 0)
         col = tile_k * TILE_K + OWN * 128
@@ -352,24 +353,24 @@ def _consume(
                 mbarrier.wait(full.index(stage), phase, pred=step + 1 < last)
             even, odd = warpgroup_mma_wait(0, deps=[even, odd])
             mbarrier.arrive(empty.index(previous))
-        if SPLIT == 1:
+        if not SPLIT:
             _store_tile(even, odd, out, c_s, row, col, BLOCK_M, WG, BUFFERS)
         else:
             i = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, L)), 1)
             j = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, L)), 0)
             # a tile's partials lie side by side, one of both consumers for each part
-            own = partials + tile.to(gl.int64) * (SPLIT * 2 * SPACE) + WG * SPACE
+            own = partials + tile.to(gl.int64) * (split * 2 * SPACE) + WG * SPACE
             places = own + i * BLOCK_M + j
             counter = counters + tile * 2 + WG
             gl.store(places + part * (2 * SPACE), even)
             gl.store(places + part * (2 * SPACE) + 64 * BLOCK_M, odd)
             thread_barrier()
             arrived = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-            if arrived == SPLIT - 1:
+            if arrived == split - 1:
                 thread_barrier()
                 even = gl.zeros([64, BLOCK_M], gl.float32, L)
                 odd = gl.zeros([64, BLOCK_M], gl.float32, L)
-                for share in range(SPLIT):
+                for share in range(split):
                     one = places + share * (2 * SPACE)
                     even += gl.load(one, cache_modifier=".cg")
                     odd += gl.load(one + 64 * BLOCK_M, cache_modifier=".cg")
@@ -386,18 +387,19 @@ def _scale_row(step, SCALE_N: gl.constexpr):
     return row
 
 
-@gluon.jit(do_not_specialize=["m", "n", "k"])
+@gluon.jit(do_not_specialize=["m", "n", "k", "split"])
 def hopper_grad_input(
     grad,  # [M, N] in boxes [TILE_M, 64]
     weight,  # [N, K] in boxes [64, 128]
     out,  # [M, K] in boxes [min(BLOCK_M, 32), 128]
     row_scale,  # [1, N] in boxes [1, 64] where ROWS, else None
     scale,  # [ceil(N / SCALE_N), ceil(K / SCALE_K)]
-    partials,  # float32 [tiles, SPLIT, 2, 2, 64, BLOCK_M]; any pointer when SPLIT is 1
+    partials,  # float32 [tiles, split, 2, 2, 64, BLOCK_M]; any pointer without SPLIT
     counters,  # int32 [tiles, 2], zero before and after
     m,
     n,
     k,
+    split,
     ROWS: gl.constexpr,
     SCALE_N: gl.constexpr,
     SCALE_K: gl.constexpr,
@@ -433,7 +435,7 @@ def hopper_grad_input(
             (
                 _consume,
                 (
-                    out, d_s, w_s, s_s, c_s, full, empty, scale, partials, counters, m, n, k,
+                    out, d_s, w_s, s_s, c_s, full, empty, scale, partials, counters, m, n, k, split,
                     ROWS, SCALE_N, SCALE_K, BLOCK_M, TALL, STAGES, SPLIT, GROUP_M, BUFFERS,
                     AHEAD, 0,
                 ),
@@ -441,7 +443,7 @@ def hopper_grad_input(
             (
                 _consume,
                 (
-                    out, d_s, w_s, s_s, c_s, full, empty, scale, partials, counters, m, n, k,
+                    out, d_s, w_s, s_s, c_s, full, empty, scale, partials, counters, m, n, k, split,
                     ROWS, SCALE_N, SCALE_K, BLOCK_M, TALL, STAGES, SPLIT, GROUP_M, BUFFERS,
                     AHEAD, 1,
                 ),
@@ -449,8 +451,8 @@ def hopper_grad_input(
             (
                 _produce,
                 (
-                    grad, weight, row_scale, d_s, w_s, s_s, full, empty, m, n, k,
-                    ROWS, TILE_M, TILE_K, STAGES, SPLIT, GROUP_M,
+                    grad, weight, row_scale, d_s, w_s, s_s, full, empty, m, n, k, split,
+                    ROWS, TILE_M, TILE_K, STAGES, GROUP_M,
                 ),
             ),
         ],

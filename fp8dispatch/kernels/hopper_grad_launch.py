@@ -115,6 +115,9 @@ def grad_input(
     multiprocessors = device_limits(device).multiprocessors
     if config is None:
         config = choose_grad_config(m, n, k, multiprocessors)
+    split = min(config.split, ceil_div(n, STEP))  # no part is empty
+    # One kernel serves all splits.
+    config, kind = config._replace(split=split), config._replace(split=min(split, 2))
     views: tuple[View, ...] = (
         (grad, (m, n), (_stride(grad), 1)),
         (data, (n, k), (_stride(data), 1)),
@@ -125,15 +128,15 @@ def grad_input(
         # The pitch of a single row is never used, but must be legal.
         views, rest = (*views, (scale, (1, n), (ceil_div(n, 4) * 4, 1))), ()
     elements, counters = config.workspace(m, k)
-    make = functools.partial(_kernel, config, scales)
-    key = ("grad_input", grad.get_device(), config, scales, grad.dtype)
+    make = functools.partial(_kernel, kind, scales)
+    key = ("grad_input", grad.get_device(), kind, scales, grad.dtype)
     items = config.tiles(m, k) * config.split
     with on_device_of(grad):
         memory = workspace(device, elements, counters) if elements else (scale, scale)
         kernel_for(key, make)(
             (min(items, multiprocessors), 1),
             views,
-            (*rest, scale, *memory, m, n, k),
+            (*rest, scale, *memory, m, n, k, split),
             grad.get_device(),
         )
 
@@ -162,7 +165,7 @@ def _kernel(config: GradConfig, scales: _Scales) -> Kernel:
         "BLOCK_M": config.block_m,
         "TALL": config.tall,
         "STAGES": config.stages,
-        "SPLIT": config.split,
+        "SPLIT": config.split > 1,
         "GROUP_M": config.group_m,
         "BUFFERS": config.buffers,
         "AHEAD": config.ahead,

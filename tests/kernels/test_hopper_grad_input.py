@@ -106,12 +106,16 @@ def test_a_split_adds_up_and_leaves_its_counters_zero(
         assert not memories[-1][1].any()
 
 
+def test_a_split_has_no_empty_parts() -> None:
+    run(3, 72, 16, config=shape(16, False, 5))
+
+
 def test_a_split_does_not_depend_on_the_order_of_programs() -> None:
     """The emulator runs programs in any order."""
     results = []
     for _ in range(4):
         torch.manual_seed(5)
-        results.append(run(20, 900 // 8 * 8, 128, config=shape(32, False, 5)))
+        results.append(run(20, 896, 128, config=shape(32, False, 5)))
     assert all(torch.equal(results[0], one) for one in results)
 
 
