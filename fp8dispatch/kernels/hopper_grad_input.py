@@ -25,10 +25,10 @@ flight over a loop's back edge. The conversion is volatile assembly, so LLVM lea
 the wait; ptxas does so only where a branch stands between them, for which a barrier that is over is
 waited for once more (AHEAD; without it a consumer converts while the other one multiplies).
 
-Persistent: a program takes items (a tile, a part of N) in turns. With SPLIT, `split` parts of N share a
-tile where tiles are few or fill their last wave badly. Each part writes its float32 tile to a workspace
-that stays in L2 and counts itself in; the last one to arrive adds them up in a fixed order, so the
-result does not depend on who is last. No program waits for another.
+Persistent: a program takes items (a tile, a part of N) in turns. With SPLIT, `split` parts of N
+share a tile, where tiles are few or fill their last wave badly. Each part writes its float32 tile
+to a workspace that stays in L2 and counts itself in; the last one to arrive adds them up in a fixed
+order, so the result does not depend on who is last. No program waits for another.
 
 Scales: one number for each 64 rows and 128 columns (SCALE_N a multiple of 64, SCALE_K of 128, 0
 where a block reaches over everything), loaded one step ahead; or one for each row (ROWS), 64 of
@@ -63,6 +63,34 @@ from fp8dispatch.kernels.gluon_compat import (
     warpgroup_mma_wait,
 )
 from fp8dispatch.kernels.hopper_tile import advance, lane_zero
+
+# Two rows by two columns of codes in 32 bits: even column to $0, odd column to $1, times the scales
+# of the rows. Decoding to fp16 is exact, the product is rounded to float32, then to 16 bits.
+_TO_16_BITS = """
+{
+.reg .b32 t, u, v;
+.reg .b16 a, b, c, d;
+.reg .f32 e, f, g, h;
+prmt.b32 t, $2, $2, 0x3120;
+mov.b32 {a, b}, t;
+cvt.rn.f16x2.e4m3x2 u, a;
+cvt.rn.f16x2.e4m3x2 v, b;
+mov.b32 {a, b}, u;
+mov.b32 {c, d}, v;
+cvt.f32.f16 e, a;
+cvt.f32.f16 f, b;
+cvt.f32.f16 g, c;
+cvt.f32.f16 h, d;
+mul.rn.f32 e, e, $3;
+mul.rn.f32 f, f, $4;
+mul.rn.f32 g, g, $3;
+mul.rn.f32 h, h, $4;
+cvt.rn.DTYPEx2.f32 $0, f, e;
+cvt.rn.DTYPEx2.f32 $1, h, g;
+}
+"""
+_TO_BF16 = gl.constexpr(_TO_16_BITS.replace("DTYPE", "bf16"))
+_TO_FP16 = gl.constexpr(_TO_16_BITS.replace("DTYPE", "f16"))
 
 
 @gluon.jit
@@ -128,67 +156,14 @@ def _dequantized(codes, scale, DTYPE: gl.constexpr):
         codes: int16 [64, 64]: two columns of W at one row; a thread holds pairs of rows.
         scale: float32 [64, 64].
     """
-    if DTYPE == gl.bfloat16:
+    BF16: gl.constexpr = gl.bfloat16 == DTYPE
+    if BF16:
         even, odd = gl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 t, u, v;
-            .reg .b16 a, b, c, d;
-            .reg .f32 e, f, g, h;
-            prmt.b32 t, $2, $2, 0x3120;
-            mov.b32 {a, b}, t;
-            cvt.rn.f16x2.e4m3x2 u, a;
-            cvt.rn.f16x2.e4m3x2 v, b;
-            mov.b32 {a, b}, u;
-            mov.b32 {c, d}, v;
-            cvt.f32.f16 e, a;
-            cvt.f32.f16 f, b;
-            cvt.f32.f16 g, c;
-            cvt.f32.f16 h, d;
-            mul.rn.f32 e, e, $3;
-            mul.rn.f32 f, f, $4;
-            mul.rn.f32 g, g, $3;
-            mul.rn.f32 h, h, $4;
-            cvt.rn.bf16x2.f32 $0, f, e;
-            cvt.rn.bf16x2.f32 $1, h, g;
-            }
-            """,
-            "=r,=r,r,f,f",
-            [codes, scale],
-            [gl.bfloat16, gl.bfloat16],
-            False,
-            2,
+            _TO_BF16, "=r,=r,r,f,f", [codes, scale], [gl.bfloat16, gl.bfloat16], False, 2
         )
     else:
         even, odd = gl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 t, u, v;
-            .reg .b16 a, b, c, d;
-            .reg .f32 e, f, g, h;
-            prmt.b32 t, $2, $2, 0x3120;
-            mov.b32 {a, b}, t;
-            cvt.rn.f16x2.e4m3x2 u, a;
-            cvt.rn.f16x2.e4m3x2 v, b;
-            mov.b32 {a, b}, u;
-            mov.b32 {c, d}, v;
-            cvt.f32.f16 e, a;
-            cvt.f32.f16 f, b;
-            cvt.f32.f16 g, c;
-            cvt.f32.f16 h, d;
-            mul.rn.f32 e, e, $3;
-            mul.rn.f32 f, f, $4;
-            mul.rn.f32 g, g, $3;
-            mul.rn.f32 h, h, $4;
-            cvt.rn.f16x2.f32 $0, f, e;
-            cvt.rn.f16x2.f32 $1, h, g;
-            }
-            """,
-            "=r,=r,r,f,f",
-            [codes, scale],
-            [gl.float16, gl.float16],
-            False,
-            2,
+            _TO_FP16, "=r,=r,r,f,f", [codes, scale], [gl.float16, gl.float16], False, 2
         )
     return even, odd
 
@@ -305,9 +280,7 @@ def _consume(
     tiles_m = gl.cdiv(m, TILE_M)
     tiles_k = gl.cdiv(k, TILE_K)
     steps = gl.cdiv(n, 64)
-    codes = reinterpret(
-        w_s, gl.int16, [STAGES * BLOCKS, 64, 64], gl.NVMMASharedLayout(128, 16, 2)
-    )
+    codes = reinterpret(w_s, gl.int16, [STAGES * BLOCKS, 64, 64], gl.NVMMASharedLayout(128, 16, 2))
     scales = scale + lane_zero(m, WG)
     scale_cols = 1
     if SCALE_K > 0:
@@ -416,9 +389,7 @@ def hopper_grad_input(
     TILE_K: gl.constexpr = 128 if TALL else 256
     PIECE: gl.constexpr = min(BLOCK_M, 32)
     d_s = gl.allocate_shared_memory(grad.dtype, [STAGES, TILE_M, 64], grad.layout)
-    w_s = gl.allocate_shared_memory(
-        gl.float8e4nv, [STAGES * TILE_K // 128, 64, 128], weight.layout
-    )
+    w_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * TILE_K // 128, 64, 128], weight.layout)
     s_s = w_s
     if ROWS:
         s_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 64], row_scale.layout)

@@ -221,7 +221,8 @@ def _atomic_add(place: Pointer, value: int, sem: str, scope: str) -> Tile:
     return tile(before)
 
 
-def _asm(code: str, constraints: str, arguments: list[Any], dtype: Any, *_: Any) -> Any:
+def _asm(code: Any, constraints: str, arguments: list[Any], dtype: Any, *_: Any) -> Any:
+    code = getattr(code, "value", code)  # of a constexpr
     if "e4m3x2" in code:  # two codes in 16 bits, each times the same scale
         codes, scale = arguments
         halves = codes.contiguous().unsqueeze(-1).view(torch.float8_e4m3fn).unbind(-1)
@@ -248,9 +249,7 @@ def _tma_store(target: Descriptor, place: Any, source: Shared) -> None:
     target.whole[outer] = source.memory[inner]
 
 
-def _mma(
-    a: Shared | Tile, b: Shared, acc: Any, *, use_acc: Any = True, is_async: bool
-) -> Product:
+def _mma(a: Shared | Tile, b: Shared, acc: Any, *, use_acc: Any = True, is_async: bool) -> Product:
     assert is_async
     made = Product(a, b, acc if use_acc else None)
     _program.products.append(made)
