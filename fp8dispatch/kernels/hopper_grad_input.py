@@ -57,53 +57,12 @@ from fp8dispatch.kernels.gluon_compat import (
     reinterpret,
     thread_barrier,
     tma_load,
-    tma_store,
     tma_store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from fp8dispatch.kernels.hopper_grad_tile import operands, place_of, scale_row, store_tile
 from fp8dispatch.kernels.hopper_tile import advance, lane_zero
-
-# Two rows by two columns of codes in 32 bits: even column to $0, odd column to $1, times the scales
-# of the rows. Decoding to fp16 is exact, the product is rounded to float32, then to 16 bits.
-_TO_16_BITS = """
-{
-.reg .b32 t, u, v;
-.reg .b16 a, b, c, d;
-.reg .f32 e, f, g, h;
-prmt.b32 t, $2, $2, 0x3120;
-mov.b32 {a, b}, t;
-cvt.rn.f16x2.e4m3x2 u, a;
-cvt.rn.f16x2.e4m3x2 v, b;
-mov.b32 {a, b}, u;
-mov.b32 {c, d}, v;
-cvt.f32.f16 e, a;
-cvt.f32.f16 f, b;
-cvt.f32.f16 g, c;
-cvt.f32.f16 h, d;
-mul.rn.f32 e, e, $3;
-mul.rn.f32 f, f, $4;
-mul.rn.f32 g, g, $3;
-mul.rn.f32 h, h, $4;
-cvt.rn.DTYPEx2.f32 $0, f, e;
-cvt.rn.DTYPEx2.f32 $1, h, g;
-}
-"""
-_TO_BF16 = gl.constexpr(_TO_16_BITS.replace("DTYPE", "bf16"))
-_TO_FP16 = gl.constexpr(_TO_16_BITS.replace("DTYPE", "f16"))
-
-
-@gluon.jit
-def _place(item, tiles_m, tiles_k, steps, split, GROUP_M: gl.constexpr):
-    """Tile, part, row and column of the tile, and the part's steps of N from first to last."""
-    tile = item // split
-    part = item - tile * split
-    group = tile // (GROUP_M * tiles_k)
-    place = tile - group * (GROUP_M * tiles_k)
-    rows = gl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    col = place // rows
-    row = group * GROUP_M + place - col * rows
-    return tile, part, row, col, part * steps // split, (part + 1) * steps // split
 
 
 @gluon.jit
@@ -134,7 +93,9 @@ def _produce(
     stage = 0
     phase = 1
     for item in range(gl.program_id(0), tiles_m * tiles_k * split, gl.num_programs(0)):
-        _tile, _part, row, col, first, last = _place(item, tiles_m, tiles_k, steps, split, GROUP_M)
+        _tile, _part, row, col, first, last = place_of(
+            item, tiles_m, tiles_k, steps, split, GROUP_M
+        )
         for step in range(first, last):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
@@ -146,96 +107,6 @@ def _produce(
             if ROWS:
                 tma_load(row_scale, [0, step * 64], bar, s_s.index(stage))
             stage, phase = advance(stage, phase, STAGES)
-
-
-@gluon.jit
-def _dequantized(codes, scale, DTYPE: gl.constexpr):
-    """Two 16-bit tiles [64, 64] of W.T, the even columns of W and the odd ones.
-
-    Args:
-        codes: int16 [64, 64]: two columns of W at one row; a thread holds pairs of rows.
-        scale: float32 [64, 64].
-    """
-    BF16: gl.constexpr = gl.bfloat16 == DTYPE
-    if BF16:
-        even, odd = gl.inline_asm_elementwise(
-            _TO_BF16, "=r,=r,r,f,f", [codes, scale], [gl.bfloat16, gl.bfloat16], False, 2
-        )
-    else:
-        even, odd = gl.inline_asm_elementwise(
-            _TO_FP16, "=r,=r,r,f,f", [codes, scale], [gl.float16, gl.float16], False, 2
-        )
-    return even, odd
-
-
-@gluon.jit
-def _operands(
-    codes, s_s, stage, place, number, ROWS: gl.constexpr, DTYPE: gl.constexpr, A: gl.constexpr
-):
-    """The codes of a stage, dequantised."""
-    loaded = codes.index(place).permute((1, 0)).load(A)
-    if ROWS:
-        row = s_s.index(stage).reshape([64]).load(gl.SliceLayout(0, A))
-        scale, _ = gl.broadcast(gl.expand_dims(row, 0), loaded)
-    else:
-        scale = gl.full([64, 64], number, gl.float32, A)
-    return _dequantized(loaded, scale, DTYPE)
-
-
-@gluon.jit
-def _halves(x, ROWS: gl.constexpr, COLS: gl.constexpr):
-    return gl.split(gl.permute(gl.reshape(x, [ROWS, 2, COLS // 2]), [0, 2, 1]))
-
-
-@gluon.jit
-def _store_piece(
-    even, odd, out, c_s, row, col, COLS: gl.constexpr, WG: gl.constexpr, BUFFERS: gl.constexpr,
-    i: gl.constexpr,
-):  # fmt: skip
-    """COLS rows and 128 columns of dX: registers, shared memory, TMA store; buffers take turns."""
-    pairs = gl.permute(gl.join(even, odd), [1, 0, 2])
-    piece = gl.reshape(pairs, [COLS, 128]).to(out.dtype)
-    tma_store_wait(BUFFERS - 1)
-    thread_barrier()
-    # An opaque index: the addresses are computed here, not in front of the main loop.
-    buffer = c_s.index(
-        gl.inline_asm_elementwise(
-            "mov.u32 $0, $1;",
-            "=r,r",
-            [gl.to_tensor(WG * BUFFERS + i % BUFFERS)],
-            gl.int32,
-            False,
-            1,
-        )
-    )
-    buffer.store(piece)
-    fence_async_shared()
-    thread_barrier()
-    tma_store(out, [row, col], buffer)
-
-
-@gluon.jit
-def _store_tile(
-    even, odd, out, c_s, row, col, BLOCK_M: gl.constexpr, WG: gl.constexpr, BUFFERS: gl.constexpr
-):
-    if BLOCK_M == 128:
-        e0, e1 = _halves(even, 64, 128)
-        o0, o1 = _halves(odd, 64, 128)
-        e00, e01 = _halves(e0, 64, 64)
-        o00, o01 = _halves(o0, 64, 64)
-        e10, e11 = _halves(e1, 64, 64)
-        o10, o11 = _halves(o1, 64, 64)
-        _store_piece(e00, o00, out, c_s, row, col, 32, WG, BUFFERS, 0)
-        _store_piece(e01, o01, out, c_s, row + 32, col, 32, WG, BUFFERS, 1)
-        _store_piece(e10, o10, out, c_s, row + 64, col, 32, WG, BUFFERS, 2)
-        _store_piece(e11, o11, out, c_s, row + 96, col, 32, WG, BUFFERS, 3)
-    elif BLOCK_M == 64:
-        e0, e1 = _halves(even, 64, 64)
-        o0, o1 = _halves(odd, 64, 64)
-        _store_piece(e0, o0, out, c_s, row, col, 32, WG, BUFFERS, 0)
-        _store_piece(e1, o1, out, c_s, row + 32, col, 32, WG, BUFFERS, 1)
-    else:
-        _store_piece(even, odd, out, c_s, row, col, BLOCK_M, WG, BUFFERS, 0)
 
 
 @gluon.jit
@@ -288,7 +159,7 @@ def _consume(
     stage = 0
     phase = 0
     for item in range(gl.program_id(0), tiles_m * tiles_k * split, gl.num_programs(0)):
-        tile, part, tile_m, tile_k, first, last = _place(
+        tile, part, tile_m, tile_k, first, last = place_of(
             item, tiles_m, tiles_k, steps, split, GROUP_M
         )
         row = tile_m * TILE_M + (WG * BLOCK_M if TALL else 0)
@@ -299,13 +170,13 @@ def _consume(
         number = 1.0
         following = 1.0
         if not ROWS:
-            number = gl.load(column + _scale_row(first, SCALE_N) * scale_cols)
+            number = gl.load(column + scale_row(first, SCALE_N) * scale_cols)
             ahead = gl.minimum(first + 1, last - 1)
-            following = gl.load(column + _scale_row(ahead, SCALE_N) * scale_cols)
+            following = gl.load(column + scale_row(ahead, SCALE_N) * scale_cols)
         even = gl.zeros([64, BLOCK_M], gl.float32, L)
         odd = gl.zeros([64, BLOCK_M], gl.float32, L)
         mbarrier.wait(full.index(stage), phase)
-        a, b = _operands(codes, s_s, stage, stage * BLOCKS + OWN, number, ROWS, DTYPE, A)
+        a, b = operands(codes, s_s, stage, stage * BLOCKS + OWN, number, ROWS, DTYPE, A)
         for step in range(first, last):
             rows = d_s.index(stage)
             if TALL:
@@ -318,16 +189,16 @@ def _consume(
             number = following
             if not ROWS:
                 ahead = gl.minimum(step + 2, last - 1)
-                following = gl.load(column + _scale_row(ahead, SCALE_N) * scale_cols)
+                following = gl.load(column + scale_row(ahead, SCALE_N) * scale_cols)
             mbarrier.wait(full.index(stage), phase, pred=step + 1 < last)
             # After the last step this reads what is never used.
-            a, b = _operands(codes, s_s, stage, stage * BLOCKS + OWN, number, ROWS, DTYPE, A)
+            a, b = operands(codes, s_s, stage, stage * BLOCKS + OWN, number, ROWS, DTYPE, A)
             if AHEAD:  # over already: a branch that the assembler moves no conversion across
                 mbarrier.wait(full.index(stage), phase, pred=step + 1 < last)
             even, odd = warpgroup_mma_wait(0, deps=[even, odd])
             mbarrier.arrive(empty.index(previous))
         if not SPLIT:
-            _store_tile(even, odd, out, c_s, row, col, BLOCK_M, WG, BUFFERS)
+            store_tile(even, odd, out, c_s, row, col, BLOCK_M, WG, BUFFERS)
         else:
             i = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, L)), 1)
             j = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, L)), 0)
@@ -348,16 +219,8 @@ def _consume(
                     even += gl.load(one, cache_modifier=".cg")
                     odd += gl.load(one + 64 * BLOCK_M, cache_modifier=".cg")
                 gl.store(counter, 0)  # for the next launch
-                _store_tile(even, odd, out, c_s, row, col, BLOCK_M, WG, BUFFERS)
+                store_tile(even, odd, out, c_s, row, col, BLOCK_M, WG, BUFFERS)
     tma_store_wait(0)
-
-
-@gluon.jit
-def _scale_row(step, SCALE_N: gl.constexpr):
-    row = step * 0
-    if SCALE_N > 0:
-        row = step // (SCALE_N // 64)
-    return row
 
 
 @gluon.jit(do_not_specialize=["m", "n", "k", "split"])

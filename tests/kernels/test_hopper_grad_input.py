@@ -36,6 +36,7 @@ def memories() -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
         direct_launch,
         hopper_grad_input,
         hopper_grad_launch,
+        hopper_grad_tile,
         hopper_tile,
     )
     from tests.kernels import gluon_emulator
@@ -47,7 +48,7 @@ def memories() -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        modules = [hopper_grad_input, hopper_tile]
+        modules = [hopper_grad_input, hopper_grad_tile, hopper_tile]
         for module, name, stand_in in gluon_emulator.replacements(modules):
             patch.setattr(module, name, stand_in, raising=False)
         patch.setattr(direct_launch.Kernel, "__call__", gluon_emulator.run)
