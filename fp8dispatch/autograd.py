@@ -13,9 +13,10 @@ from fp8dispatch.checks import VMAP_REFUSED, unwrapped
 from fp8dispatch.errors import FrozenWeightError, UnsupportedTransformError
 from fp8dispatch.execute import LinearCall
 from fp8dispatch.formats import dtype_name
+from fp8dispatch.kernels.requirements import refuse_gluon
 from fp8dispatch.policy import Policy
 from fp8dispatch.prepare import weight_scale_fp32
-from fp8dispatch.probes.device import runs_kernels
+from fp8dispatch.probes.device import describe, runs_kernels
 from fp8dispatch.problem import Dgrad
 from fp8dispatch.quantization.weight import block_of, dequantize_strip
 from fp8dispatch.recipe import Recipe, ceil_div
@@ -25,6 +26,9 @@ STRIP_ELEMENTS = 1 << 25
 
 KERNEL_CAPABILITIES: tuple[tuple[int, int], ...] = ((9, 0),)
 """Where the kernel for dX has been seen to compute right numbers; a gradient has no canary."""
+
+HOPPER_KERNEL = False
+"""Whether, where Gluon's kernels run, the one for dX is taken for the calls that suit it."""
 
 
 def apply(
@@ -162,7 +166,11 @@ def input_gradient(
 
 def gradient_sentence(device: torch.device, dtype: torch.dtype) -> str:
     """How dX goes through the dequantised weight, for a dY of this dtype."""
-    how = "a Triton kernel" if dequantizes_in_kernel(device, dtype) else "strips and torch.mm"
+    how = "strips and torch.mm"
+    if dequantizes_in_kernel(device, dtype):
+        how = "a Triton kernel"
+        if dequantizes_in_hopper_kernel(device):
+            how = f"a Gluon kernel, or {how} where sizes or strides do not suit that"
     return f"through the dequantised weight in {dtype_name(dtype)}, by {how}"
 
 
@@ -179,6 +187,11 @@ def dequantizes_in_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
+def dequantizes_in_hopper_kernel(device: torch.device) -> bool:
+    """Whether of our kernels the one for Hopper is asked first; it may not take a call."""
+    return HOPPER_KERNEL and device.type == "cuda" and not refuse_gluon(describe(device))
+
+
 def grad_input(
     grad: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, recipe: Recipe
 ) -> torch.Tensor:
@@ -192,11 +205,17 @@ def grad_input(
     n, k = data.shape
     out = torch.empty((grad.shape[0], k), dtype=grad.dtype, device=grad.device)
     if dequantizes_in_kernel(grad.device, grad.dtype):
-        # Imported here because it imports Triton, which is not a requirement of the package.
-        from fp8dispatch.kernels import grad_input as kernel
-
         rows, width = block_of(recipe, n, k)
         grid = scale.reshape(ceil_div(n, rows), ceil_div(k, width))
+        # Imported here because they import Triton, which is not a requirement of the package.
+        if dequantizes_in_hopper_kernel(grad.device):
+            from fp8dispatch.kernels import hopper_grad_launch
+
+            if hopper_grad_launch.takes(grad, data, grid, out, (rows, width)):
+                hopper_grad_launch.grad_input(grad, data, grid, out, (rows, width))
+                return out
+        from fp8dispatch.kernels import grad_input as kernel
+
         kernel.grad_input(grad, data, grid, out, (rows, width))
         return out
     width = recipe.block_size[1] if recipe.block_size is not None else 128

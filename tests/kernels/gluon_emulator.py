@@ -39,6 +39,7 @@ _NAMES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
+    "int16": torch.int16,
     "int32": torch.int32,
     "int64": torch.int64,
 }
@@ -168,15 +169,16 @@ class Shared:
 
 
 class Product:
-    """A multiplication under way: its operands are read when it ends."""
+    """A multiplication under way: its operands in shared memory are read when it ends."""
 
-    def __init__(self, a: Shared, b: Shared) -> None:
-        self.a, self.b = a, b
+    def __init__(self, a: Shared | Tile, b: Shared, acc: torch.Tensor | None) -> None:
+        self.a, self.b, self.acc = a, b, acc
         self.value: Tile | None = None
 
     def finish(self) -> None:
-        a, b = self.a.memory.double(), self.b.memory.double()
-        self.value = tile((a @ b).float())
+        a = self.a.memory if isinstance(self.a, Shared) else self.a
+        product = torch.Tensor.double(a) @ self.b.memory.double()
+        self.value = tile((product if self.acc is None else product + self.acc).float())
 
 
 class Program(threading.local):
@@ -223,7 +225,15 @@ def _atomic_add(place: Pointer, value: int, sem: str, scope: str) -> Tile:
     return tile(before)
 
 
-def _asm(code: str, constraints: str, arguments: list[Any], *_: Any) -> Any:
+def _asm(code: Any, constraints: str, arguments: list[Any], dtype: Any, *_: Any) -> Any:
+    code = getattr(code, "value", code)  # of a constexpr
+    if "e4m3x2" in code:  # two codes in 16 bits, each times the same scale
+        codes, scale = arguments
+        halves = codes.contiguous().unsqueeze(-1).view(torch.float8_e4m3fn).unbind(-1)
+        return tuple(
+            tile(torch.Tensor.to(half.float() * scale, kind.torch))
+            for half, kind in zip(halves, dtype, strict=True)
+        )
     return tile(random.randrange(32)) if "%laneid" in code else arguments[0]
 
 
@@ -243,21 +253,19 @@ def _tma_store(target: Descriptor, place: Any, source: Shared) -> None:
     target.whole[outer] = source.memory[inner]
 
 
-def _mma(a: Shared, b: Shared, acc: Any, *, use_acc: Any, is_async: bool) -> Product:
-    assert not use_acc and is_async
-    made = Product(a, b)
+def _mma(a: Shared | Tile, b: Shared, acc: Any, *, use_acc: Any = True, is_async: bool) -> Product:
+    assert is_async
+    made = Product(a, b, acc if use_acc else None)
     _program.products.append(made)
     return made
 
 
 def _mma_wait(outstanding: int, deps: list[Any]) -> Any:
-    (dep,) = deps
     while len(_program.products) > outstanding:
         _program.products.pop(0).finish()
-    if isinstance(dep, Product):
-        assert dep.value is not None, "a product is used before it is waited for"
-        return dep.value
-    return dep
+    waited = tuple(dep.value if isinstance(dep, Product) else dep for dep in deps)
+    assert all(one is not None for one in waited), "a product is used before it is waited for"
+    return waited if len(waited) > 1 else waited[0]
 
 
 def _specialize(parts: list[Any], warps: list[int], registers: list[int]) -> None:
@@ -297,7 +305,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 def _gluon() -> SimpleNamespace:
     layouts = (
         "NVMMADistributedLayout", "SliceLayout", "BlockedLayout", "NVMMASharedLayout",
-        "SwizzledSharedLayout",
+        "SwizzledSharedLayout", "DotOperandLayout",
     )  # fmt: skip
 
     def both(function: Callable[..., torch.Tensor]) -> Callable[..., Tile]:
@@ -315,6 +323,11 @@ def _gluon() -> SimpleNamespace:
         maximum=both(torch.maximum),
         where=_where,
         zeros=lambda shape, dtype, layout: tile(torch.zeros(shape, dtype=dtype.torch)),
+        full=lambda shape, value, dtype, layout: tile(
+            torch.as_tensor(value, dtype=dtype.torch).expand(shape)
+        ),
+        broadcast=lambda one, other: tuple(map(tile, torch.broadcast_tensors(one, other))),
+        join=lambda one, other: tile(torch.stack((one, other), -1)),
         arange=lambda first, end, layout: tile(torch.arange(first, end, dtype=torch.int32)),
         expand_dims=lambda value, dim: tile(value.unsqueeze(dim)),
         reshape=lambda value, shape: tile(value.reshape(shape)),
@@ -362,7 +375,9 @@ def names() -> dict[str, Any]:
         "wait_for_prerequisites": _nothing,
         "warpgroup_mma": _mma,
         "warpgroup_mma_wait": _mma_wait,
-        "reinterpret": lambda memory, dtype, shape, layout: Shared(memory.memory.view(shape)),
+        "reinterpret": lambda memory, dtype, shape, layout: Shared(
+            memory.memory.view(dtype.torch).view(shape)
+        ),
     }
 
 
