@@ -1,9 +1,9 @@
 """dX from the FP8 weight: ``python -m bench gradient``, against bf16 ``dY @ W``.
 
-Arms: "kernel" dequantises tile by tile, "strips" dequantises a strip of the weight into memory and
-multiplies it with torch, "bf16" is the multiplication over the weight that was never quantised.
-CUDA graphs replayed behind a flush of L2. The kernel is timed also where the library does not take
-it yet (`autograd.KERNEL_CAPABILITIES`).
+Arms: the ways of `fp8dispatch.dequantized_grad` ("gluon" and "triton" dequantise in a kernel,
+"strips" dequantises a strip of the weight into memory and multiplies it with torch), and "bf16",
+the multiplication over the weight that was never quantised. "chosen" is the first of the ways that
+the library tries. CUDA graphs replayed behind a flush of L2.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -19,8 +18,10 @@ from bench.arms import RECIPES, Checked, Linear
 from bench.session import Point, Row, Session
 from bench.shapes import GRID, MODELS, TINY, Weight
 from bench.timing import alternate, table
-from fp8dispatch import autograd
+from fp8dispatch import dequantized_grad
+from fp8dispatch.dequantized_grad import Way, ways
 from fp8dispatch.prepare import weight_scale_fp32
+from fp8dispatch.probes.device import runs_kernels
 from tests import oracle
 
 ROWS = (16, 256, 1024, 4096)
@@ -53,20 +54,17 @@ def measure(session: Session, m: int, weight: Weight, recipe: str) -> Row:
     def check_bf16(out: torch.Tensor) -> None:
         oracle.assert_gradient(out[rows], grad[rows], operands.dense.double())
 
-    def grad_input() -> torch.Tensor:
-        return autograd.grad_input(grad, data, fp32, operands.recipe)
-
-    here = torch.cuda.get_device_capability() if session.device == "cuda" else None
+    kernels = session.device == "cuda" and runs_kernels(grad.device)
     checked = Checked()
     walks: dict[str, Any] = {}
     with torch.no_grad():
-        for name, capabilities in (("kernel", (here,)), ("strips", ())):
-            # The graph that is captured here keeps what was chosen.
-            with mock.patch.object(autograd, "KERNEL_CAPABILITIES", capabilities):
-                if name == "kernel" and not autograd.dequantizes_in_kernel(grad.device, grad.dtype):
-                    checked.refused[name] = "needs a GPU that our Triton kernels run on"
-                elif checked.try_arm(name, grad_input, check):
-                    walks[name] = session.timer.replay(grad_input)
+        for way in Way:
+            if way is not Way.STRIPS and not kernels:
+                checked.refused[way.value] = "needs a GPU that our Triton kernels run on"
+                continue
+            arm = partial(dequantized_grad.grad_input, grad, data, fp32, operands.recipe, way)
+            if checked.try_arm(way.value, arm, check):
+                walks[way.value] = session.timer.replay(arm)
         if checked.try_arm("bf16", lambda: grad @ operands.dense, check_bf16):
             walks["bf16"] = session.timer.replay(checked.arms["bf16"])
         single = session.timer.single
@@ -79,6 +77,7 @@ def measure(session: Session, m: int, weight: Weight, recipe: str) -> Row:
         "n": weight.n,
         "k": weight.k,
         "name": weight.name,
+        "chosen": ways(m, weight.n, weight.k, grad.device, grad.dtype)[0].value,
         **table(figures),
         **checked.told(),
     }

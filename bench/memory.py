@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from unittest import mock
 
 import torch
 
 from bench.arms import RECIPES, Checked, Linear, backends_for
 from bench.session import Point, Row, Session
 from bench.shapes import GRID, TINY, Weight
-from fp8dispatch import autograd
+from fp8dispatch import dequantized_grad
+from fp8dispatch.dequantized_grad import Way
 from fp8dispatch.prepare import invalidate, prepared_bytes, weight_scale_fp32
 
 ROWS = (16, 4096)
@@ -48,13 +48,10 @@ def measure(session: Session, m: int, weight: Weight, recipe: str) -> Row:
         grad = torch.randn(m, n, device=session.device, dtype=torch.bfloat16)
         fp32 = weight_scale_fp32(scale, operands.recipe, n, k)
         backward: dict[str, int | None] = {}
-        here = torch.cuda.get_device_capability() if session.device == "cuda" else None
-        for name, capabilities in (("kernel", (here,)), ("strips", ())):
-            with mock.patch.object(autograd, "KERNEL_CAPABILITIES", capabilities):
-                if name == "strips" or autograd.dequantizes_in_kernel(grad.device, grad.dtype):
-                    backward[name] = session.timer.peak_bytes(
-                        lambda: autograd.grad_input(grad, data, fp32, operands.recipe)
-                    )
+        for way in dequantized_grad.Way if session.device == "cuda" else (Way.STRIPS,):
+            backward[way.value] = session.timer.peak_bytes(
+                partial(dequantized_grad.grad_input, grad, data, fp32, operands.recipe, way)
+            )
     return {
         "recipe": str(operands.recipe),
         "m": m,

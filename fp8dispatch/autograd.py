@@ -8,27 +8,14 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fp8dispatch import dgrad, execute
+from fp8dispatch import dequantized_grad, dgrad, execute
 from fp8dispatch.checks import VMAP_REFUSED, unwrapped
 from fp8dispatch.errors import FrozenWeightError, UnsupportedTransformError
 from fp8dispatch.execute import LinearCall
-from fp8dispatch.formats import dtype_name
-from fp8dispatch.kernels.requirements import refuse_gluon
 from fp8dispatch.policy import Policy
 from fp8dispatch.prepare import weight_scale_fp32
-from fp8dispatch.probes.device import describe, runs_kernels
 from fp8dispatch.problem import Dgrad
-from fp8dispatch.quantization.weight import block_of, dequantize_strip
-from fp8dispatch.recipe import Recipe, ceil_div
-
-STRIP_ELEMENTS = 1 << 25
-"""Most elements of the weight that backward holds dequantised at a time (64 MiB in bf16)."""
-
-KERNEL_CAPABILITIES: tuple[tuple[int, int], ...] = ((9, 0),)
-"""Where the kernel for dX has been seen to compute right numbers; a gradient has no canary."""
-
-HOPPER_KERNEL = False
-"""Whether, where Gluon's kernels run, the one for dX is taken for the calls that suit it."""
+from fp8dispatch.recipe import Recipe
 
 
 def apply(
@@ -161,67 +148,4 @@ def input_gradient(
     if allowed is not None and allowed.dgrad is Dgrad.FP8:
         return dgrad.grad_input(grad, weight, weight_scale, recipe, dtype, allowed)
     scale = weight_scale_fp32(weight_scale, recipe, *weight.shape)
-    return grad_input(grad, weight, scale, recipe)
-
-
-def gradient_sentence(device: torch.device, dtype: torch.dtype) -> str:
-    """How dX goes through the dequantised weight, for a dY of this dtype."""
-    how = "strips and torch.mm"
-    if dequantizes_in_kernel(device, dtype):
-        how = "a Triton kernel"
-        if dequantizes_in_hopper_kernel(device):
-            how = f"a Gluon kernel, or {how} where sizes or strides do not suit that"
-    return f"through the dequantised weight in {dtype_name(dtype)}, by {how}"
-
-
-def dequantizes_in_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether our kernel computes dX of a gradient of this dtype, instead of `torch.mm`.
-
-    An fp32 gradient stays with torch, which multiplies it as ``float32_matmul_precision`` says.
-    """
-    return (
-        dtype != torch.float32
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) in KERNEL_CAPABILITIES
-        and runs_kernels(device)
-    )
-
-
-def dequantizes_in_hopper_kernel(device: torch.device) -> bool:
-    """Whether of our kernels the one for Hopper is asked first; it may not take a call."""
-    return HOPPER_KERNEL and device.type == "cuda" and not refuse_gluon(describe(device))
-
-
-def grad_input(
-    grad: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, recipe: Recipe
-) -> torch.Tensor:
-    """dX [M, K] = dY [M, N] @ dequantised(W) [N, K] in dY's dtype, summed in fp32.
-
-    Where `dequantizes_in_kernel`, no element of the weight exists dequantised in memory. Else it
-    goes strip by strip over K: each strip of columns is complete in itself, so nothing is summed
-    across strips; at most `STRIP_ELEMENTS` of the weight (or one block's width) exist dequantised
-    at a time.
-    """
-    n, k = data.shape
-    out = torch.empty((grad.shape[0], k), dtype=grad.dtype, device=grad.device)
-    if dequantizes_in_kernel(grad.device, grad.dtype):
-        rows, width = block_of(recipe, n, k)
-        grid = scale.reshape(ceil_div(n, rows), ceil_div(k, width))
-        # Imported here because they import Triton, which is not a requirement of the package.
-        if dequantizes_in_hopper_kernel(grad.device):
-            from fp8dispatch.kernels import hopper_grad_launch
-
-            if hopper_grad_launch.takes(grad, data, grid, out, (rows, width)):
-                hopper_grad_launch.grad_input(grad, data, grid, out, (rows, width))
-                return out
-        from fp8dispatch.kernels import grad_input as kernel
-
-        kernel.grad_input(grad, data, grid, out, (rows, width))
-        return out
-    width = recipe.block_size[1] if recipe.block_size is not None else 128
-    strip = max(STRIP_ELEMENTS // n // width, 1) * width
-    for start in range(0, k, strip):
-        columns = slice(start, min(start + strip, k))
-        piece = dequantize_strip(data, scale, recipe, grad.dtype, columns)
-        torch.mm(grad, piece, out=out[:, columns])
-    return out
+    return dequantized_grad.grad_input(grad, weight, scale, recipe)

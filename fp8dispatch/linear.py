@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from fp8dispatch import autograd, ops, plans, policy, registry
+from fp8dispatch import autograd, dequantized_grad, ops, plans, policy, registry
 from fp8dispatch import dgrad as fp8_dgrad
 from fp8dispatch.checks import (
     check_activation_scale,
@@ -192,7 +192,8 @@ def explain(
     if not (torch.is_grad_enabled() and X.requires_grad if dgrad is None else dgrad):
         return decision
     if call.allowed.dgrad is Dgrad.DEQUANTIZED:
-        told = autograd.gradient_sentence(X.device, out_dtype)
+        n, k = operands.weight.shape
+        told = dequantized_grad.sentence(m, n, k, X.device, out_dtype)
         return replace(decision, gradient=told)
     product = fp8_dgrad.explain(m, operands.weight, call.recipe, X.dtype, call.allowed)
     return replace(decision, gradient=f"as an FP8 GEMM, by {product.backend}", dgrad=product)

@@ -16,7 +16,7 @@ import fp8dispatch
 from fp8dispatch import (
     FrozenWeightError,
     UnsupportedTransformError,
-    autograd,
+    dequantized_grad,
     fp8_linear,
     registry,
 )
@@ -106,7 +106,7 @@ def strips(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
         made.append((args[4].start, args[4].stop, piece.numel()))
         return piece
 
-    monkeypatch.setattr(autograd, "dequantize_strip", spy)
+    monkeypatch.setattr(dequantized_grad, "dequantize_strip", spy)
     return made
 
 
@@ -128,7 +128,7 @@ def test_strips_bound_what_is_materialised(
     whole = backward()
     assert strips == [(0, K, N * K)]
     strips.clear()
-    monkeypatch.setattr(autograd, "STRIP_ELEMENTS", N * 130)
+    monkeypatch.setattr(dequantized_grad, "STRIP_ELEMENTS", N * 130)
 
     in_strips = backward()
 
@@ -145,7 +145,7 @@ def test_one_block_is_the_least_that_a_strip_holds(
     device: str, strips: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(5, K, device=device, requires_grad=True)
-    monkeypatch.setattr(autograd, "STRIP_ELEMENTS", 1)
+    monkeypatch.setattr(dequantized_grad, "STRIP_ELEMENTS", 1)
 
     fp8_linear(x, *block_layer(device)).sum().backward()
 

@@ -39,12 +39,15 @@ the scale that it meets is one that exists. K is a multiple of 16 and N of 8, fo
 bytes. Sizes are ordinary arguments: one compilation serves all weights of a recipe and dtype. All
 offsets into operands and results are TMA coordinates.
 
-What limits it is reasoned, not measured: nothing here has run on a GPU yet. A step of a wide tile
-with BLOCK_M = 128 is 1024 cycles of the tensor cores for each SM; they read 64 bytes a cycle of
-shared memory for dY, and TMA, loads of codes add 48. The conversion takes about 3.5 instructions
-for an element, some 230 a warp and step, with two warps of consumers on each scheduler. With
-BLOCK_M = 16 memory binds, if the ring is deep. A tile's first conversion and its stores are not
-hidden, some hundred cycles each.
+Measured (one H200, Triton 3.6, 128x128 blocks, cold; the time of cuBLAS's bf16 ``dY @ W`` over its
+own): 0.9 to 1.5 at M = 16, 0.5 to 0.8 at M = 256, 0.65 to 0.8 at M = 1024 and 4096. Converting
+while the other consumer's products run beats converting ahead of them in 39 of 40 shapes.
+
+What limits it is reasoned. A step of a wide tile with BLOCK_M = 128 is 1024 cycles of the tensor
+cores for each SM; they read 64 bytes a cycle of shared memory for dY, and TMA, loads of codes add
+48. The conversion takes about 3.5 instructions for an element, some 230 a warp and step, with two
+warps of consumers on each scheduler. With BLOCK_M = 16 memory binds, if the ring is deep. A tile's
+first conversion and its stores are not hidden, some hundred cycles each.
 """
 
 from __future__ import annotations

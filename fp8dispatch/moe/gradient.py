@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fp8dispatch import autograd
+from fp8dispatch import dequantized_grad
 from fp8dispatch.formats import dtype_name
 from fp8dispatch.moe.backends.contract import ExpertWeights
 from fp8dispatch.moe.routing import Routing, expert_rows, sort_ids
@@ -40,7 +40,7 @@ def grad_input(
     out = torch.zeros(shape, dtype=dtype, device=grad.device)
     sorted_rows = routing.sort(use_kernels=False)
     for expert, _, source, target in expert_rows(sorted_rows, routing.inputs):
-        rows = autograd.grad_input(
+        rows = dequantized_grad.grad_input(
             grad[target], weights.data[expert], weights.scale[expert], weights.recipe
         )
         if routing.gather is None:

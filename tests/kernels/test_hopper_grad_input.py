@@ -196,32 +196,28 @@ def test_tensors_that_are_left_to_the_portable_kernel() -> None:
     assert not takes(grad, e5m2, scale, out, block)
 
 
-def test_backward_takes_the_kernel_where_it_is_switched_on(
+def test_backward_takes_the_kernel_first_and_others_where_it_does_not_suit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Sizes that do not suit it go to the portable kernel, and the sentence says both."""
-    from fp8dispatch import autograd
+    from fp8dispatch import dequantized_grad
+    from fp8dispatch.dequantized_grad import Way
     from fp8dispatch.kernels import grad_input, hopper_grad_launch
 
     ran: list[str] = []
     for module in (grad_input, hopper_grad_launch):
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(module, "grad_input", lambda *_, name=name: ran.append(name))
-    monkeypatch.setattr(autograd, "dequantizes_in_kernel", lambda device, dtype: True)
-    cpu = torch.device("cpu")
+    monkeypatch.setattr(dequantized_grad, "ways", lambda *_: (Way.GLUON, Way.TRITON, Way.STRIPS))
 
     def backward(n: int, k: int) -> None:
         data, scale = oracle.make_weight(n, k, BLOCK_128)
-        autograd.grad_input(torch.zeros(3, n).bfloat16(), data, scale.float(), BLOCK_128)
+        dequantized_grad.grad_input(torch.zeros(3, n).bfloat16(), data, scale.float(), BLOCK_128)
 
-    assert "Gluon" not in autograd.gradient_sentence(cpu, torch.bfloat16)
-    backward(128, 256)
-    monkeypatch.setattr(autograd, "dequantizes_in_hopper_kernel", lambda device: True)
     backward(128, 256)
     backward(100, 256)
 
-    assert ran == ["grad_input", "hopper_grad_launch", "grad_input"]
-    sentence = autograd.gradient_sentence(cpu, torch.bfloat16)
+    assert ran == ["hopper_grad_launch", "grad_input"]
+    sentence = dequantized_grad.sentence(3, 128, 256, torch.device("cpu"), torch.bfloat16)
     assert sentence.endswith(
-        "by a Gluon kernel, or a Triton kernel where sizes or strides do not suit that"
+        "by a Gluon kernel, or a Triton kernel where strides or scales do not suit that"
     )

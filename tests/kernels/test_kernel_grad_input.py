@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8dispatch import autograd, fp8_linear
+from fp8dispatch import dequantized_grad, fp8_linear
+from fp8dispatch.dequantized_grad import Way
 from fp8dispatch.formats import ACTIVATION_DTYPES, FLOAT8_DTYPES
 from fp8dispatch.kernels.grad_input import grad_input, tile_of
 from fp8dispatch.quantization.weight import block_of
@@ -125,8 +126,8 @@ def test_backward_takes_the_kernel_where_kernels_run(
     def strips(*arguments: object) -> torch.Tensor:
         raise AssertionError("the weight is materialised")
 
-    monkeypatch.setattr(autograd, "dequantizes_in_kernel", lambda device, dtype: True)
-    monkeypatch.setattr(autograd, "dequantize_strip", strips)
+    monkeypatch.setattr(dequantized_grad, "ways", lambda *_: (Way.TRITON, Way.STRIPS))
+    monkeypatch.setattr(dequantized_grad, "dequantize_strip", strips)
     weight, scale = oracle.make_weight(60, 70, recipe, device=device)
     x = torch.randn(2, 3, 70, device=device, dtype=torch.bfloat16, requires_grad=True)
 
@@ -138,36 +139,41 @@ def test_backward_takes_the_kernel_where_kernels_run(
     oracle.assert_gradient(got, grad, oracle.dequantized_weight(weight, scale, recipe))
 
 
-def test_strips_where_the_kernel_was_not_seen_to_run_and_for_fp32(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_ways_by_device_dtype_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    monkeypatch.setattr(autograd, "runs_kernels", lambda device: device.type == "cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    takes = autograd.dequantizes_in_kernel
+    capability, refused = (9, 0), ()
+    monkeypatch.setattr(dequantized_grad, "runs_kernels", lambda device: device.type == "cuda")
+    monkeypatch.setattr(dequantized_grad, "describe", lambda device: None)
+    monkeypatch.setattr(dequantized_grad, "refuse_gluon", lambda machine: refused)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
-    monkeypatch.setattr(autograd, "KERNEL_CAPABILITIES", ((8, 9), (9, 0)))
-    assert takes(gpu, torch.bfloat16)
-    assert takes(gpu, torch.float16)
-    assert not takes(gpu, torch.float32), "torch.mm follows the caller's matmul precision"
-    assert not takes(cpu, torch.bfloat16)
-    monkeypatch.setattr(autograd, "KERNEL_CAPABILITIES", ((8, 9),))
-    assert not takes(gpu, torch.bfloat16)
+    def tried(m: int, n: int, k: int, device: torch.device, dtype: torch.dtype) -> str:
+        return " ".join(dequantized_grad.ways(m, n, k, device, dtype))
+
+    bf16 = torch.bfloat16
+    assert tried(16, 4096, 2048, gpu, bf16) == "gluon strips"
+    assert tried(16, 4096, 7168, gpu, torch.float16) == "gluon triton strips"
+    assert tried(256, 4096, 2048, gpu, bf16) == "strips"
+    assert tried(256, 4096, 7168, gpu, bf16) == "gluon strips"
+    assert tried(4096, 4096, 7168, gpu, bf16) == "strips"
+    assert tried(16, 4096, 7168, gpu, torch.float32) == "strips", "torch.mm has its precision"
+    assert tried(16, 4096, 7168, cpu, bf16) == "strips"
+    refused = ("no Gluon",)  # type: ignore[assignment]
+    assert tried(16, 4096, 7168, gpu, bf16) == "triton strips"
+    capability = (8, 9)
+    assert tried(16, 4096, 7168, gpu, bf16) == "strips", "no kernel was seen to run there"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
-def test_kernel_and_strips_give_the_same_gradient(
-    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernel_and_strips_give_the_same_gradient(dtype: torch.dtype, device: str) -> None:
     recipe = RECIPES["block-64x128"]
     data, scale = oracle.make_weight(70, 150, recipe, device=device)
     grad = torch.randn(6, 70, device=device).to(dtype)
     wide = oracle.dequantized_weight(data, scale, recipe).float().to(dtype).double()
     exact, mass = grad.double() @ wide, grad.double().abs() @ wide.abs()
     # The kernel sums in fp32 and rounds once; cuBLAS may round partial sums to 16 bits between.
-    for kernels, sums in ((True, 2.0**-20), (False, torch.finfo(dtype).eps / 4)):
-        monkeypatch.setattr(autograd, "dequantizes_in_kernel", lambda *_, answer=kernels: answer)
-        got = autograd.grad_input(grad, data, scale, recipe).double()
+    for way, sums in ((Way.TRITON, 2.0**-20), (Way.STRIPS, torch.finfo(dtype).eps / 4)):
+        got = dequantized_grad.grad_input(grad, data, scale, recipe, way).double()
         bound = torch.finfo(dtype).eps / 2 * exact.abs() + sums * mass + 2.0**-24
         worst = ((got - exact).abs() / bound).max().item()
-        assert worst <= 1, f"kernels {kernels}: {worst:.2f} times the bound"
+        assert worst <= 1, f"{way}: {worst:.2f} times the bound"

@@ -144,7 +144,7 @@ def test_only_experts_with_rows_are_dequantised(monkeypatch: pytest.MonkeyPatch)
         widened.append(tuple(data.shape))
         return dequantize_strip(data, *rest)
 
-    monkeypatch.setattr("fp8dispatch.autograd.dequantize_strip", spy)
+    monkeypatch.setattr("fp8dispatch.dequantized_grad.dequantize_strip", spy)
     backward(call, torch.randn(6, 8))
 
     assert widened == [(8, 16)] * len({expert for expert, _, _ in call.reached()})
