@@ -15,7 +15,7 @@ from fp8dispatch import (
     FrozenWeightError,
     ShapeError,
     UnsupportedTransformError,
-    autograd,
+    dequantized_grad,
     fp8_linear,
     rms_norm_linear,
     silu_mul_linear,
@@ -224,7 +224,7 @@ def test_kernels_and_plain_torch_train_alike(
     results = []
     for kernels in (True, False):
         monkeypatch.setattr(fused, "runs_kernels", lambda device, answer=kernels: answer)
-        monkeypatch.setattr(autograd, "runs_kernels", lambda device, answer=kernels: answer)
+        monkeypatch.setattr(dequantized_grad, "runs_kernels", lambda device, answer=kernels: answer)
         out = layer(*arguments, out_dtype=torch.bfloat16)
         results.append((out, *torch.autograd.grad(out.sum(), arguments)))
 

@@ -20,9 +20,11 @@ class AlignedRows:
     """Places for the rows of every expert, P of them.
 
     Attributes:
-        expert: int32 [P], the expert of each place; -1 where no row stands.
-        source: int64 [P], row of the input of each place; 0 where no row stands.
-        target: int64 [P], row of the output of each place; the number of rows where none stands.
+        expert: int32 [P], the expert of each place, in whose first places its rows stand; -1 behind
+            them. A row whose indices lead nowhere keeps its place, since a library may take the
+            expert of a whole tile from its first row (DeepGEMM does).
+        source: int64 [P], row of the input of each place; 0 where it has none.
+        target: int64 [P], row of the output of each place; the number of rows where it has none.
         sizes: int64 [E], places of each expert, which lie one behind the other from the first place
             on; their sum is at most P.
     """
@@ -71,9 +73,10 @@ def align_rows(sorted_rows: SortedRows, inputs: int, multiple: int) -> AlignedRo
     within = place - (last - room)[expert]
     row = (starts[expert] + within).clamp(max=max(rows - 1, 0))
     source, target, leads = _ends_of(sorted_rows, inputs, row)
-    filled = (within < counts[expert]) & leads
+    owned = within < counts[expert]
+    filled = owned & leads
     return AlignedRows(
-        torch.where(filled, expert, -1).to(torch.int32),
+        torch.where(owned, expert, -1).to(torch.int32),
         torch.where(filled, source, 0),
         torch.where(filled, target, rows),
         room,

@@ -65,7 +65,7 @@ def test_aligned_places_lead_where_the_indices_do(case: tuple[SortedRows, int], 
     routed, inputs = case
     places = align_rows(routed, inputs, by)
 
-    filled = places.expert >= 0
+    filled = places.target < routed.rows
     columns = (places.expert[filled], places.source[filled], places.target[filled])
     found = list(zip(*(column.tolist() for column in columns), strict=True))
     assert found == expected_pairs(case)

@@ -142,3 +142,12 @@ def test_it_is_not_verified_and_stands_behind_our_kernels() -> None:
     assert backend.refuse_machine(H200) == ()
     assert backend.refuse_machine(B200)
     assert not backend.is_verified(H200)
+
+
+def test_a_tile_whose_first_row_leads_nowhere_is_computed(library: types.ModuleType) -> None:
+    """The library takes a tile's expert from its first row."""
+    call = make_call("grouped-index", BLOCK_128, 2, 16, 144, 9, sentinels=0.0)
+    call.arguments["gather"][0] = -1
+    call.sources[0] = None
+
+    oracle.assert_matches(run(DeepGemm(), call), call.truth(), min_sqnr=-math.inf)
