@@ -15,6 +15,7 @@ from enum import StrEnum
 
 import torch
 
+from fp8dispatch.errors import BackendUnavailableError
 from fp8dispatch.formats import dtype_name
 from fp8dispatch.kernels.requirements import refuse_gluon
 from fp8dispatch.probes.device import describe, runs_kernels
@@ -119,7 +120,12 @@ def _gluon(
 
     if not kernel.takes(grad, data, grid, out, block_size):
         return False
-    kernel.grad_input(grad, data, grid, out, block_size)
+    try:
+        kernel.grad_input(grad, data, grid, out, block_size)
+    except BackendUnavailableError:
+        # The first call of its kind inside of a captured graph, where nothing may be compiled; the
+        # next way is as right, and nothing was launched yet.
+        return False
     return True
 
 

@@ -16,7 +16,7 @@ from importlib import resources
 
 from fp8dispatch.kernels.tile import Tile
 from fp8dispatch.machine import Machine
-from fp8dispatch.problem import LinearProblem
+from fp8dispatch.problem import ExpertsProblem, LinearProblem
 from fp8dispatch.recipe import ceil_div
 
 TILE = 128
@@ -105,8 +105,12 @@ def measured() -> tuple[Route, ...]:
 _LAST = ("cutlass", "weight_only", "fbgemm_tile", "mslk_tile")
 _HOPPER = ("fbgemm", "mslk", "cublaslt", "torchao", "triton", "gluon", "deepgemm", *_LAST)
 _OTHERS = ("cublaslt", "triton", "torchao", "fbgemm", "mslk", "deepgemm", "gluon", *_LAST)
-# No expert matmul of a library has run on a GPU yet: ours first, then those with block recipes.
+# Ours are faster than each library at every size of bench/results/h200-experts.json, and of ours
+# the Gluon kernel on Hopper, with tiles of 128 rows, from some rows for each expert on.
 _EXPERTS = ("triton", "gluon", "deepgemm", "fbgemm", "mslk", "cutlass")
+_MANY_ROWS = ("gluon", *(name for name in _EXPERTS if name != "gluon"))
+ROWS_OF_AN_EXPERT = 8
+"""On average, from which on an expert has many."""
 
 
 def order_for(
@@ -127,8 +131,9 @@ def order_for(
     if machine.device_type != "cuda":
         # Off the GPU plain torch comes first: the others run in an interpreter at best.
         return _complete(("eager",), known), "plain torch first off the GPU"
-    if problem.family:
-        return _complete(_EXPERTS, known), "default"
+    if isinstance(problem, ExpertsProblem):
+        many = machine.capability == (9, 0) and problem.m >= ROWS_OF_AN_EXPERT * problem.experts
+        return _complete(_MANY_ROWS if many else _EXPERTS, known), "default"
     # Measured routes depend on M, and one batch must not be summed as another is not.
     for route in () if problem.batch_invariant else measured():
         if route.fits(problem, machine):

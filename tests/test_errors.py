@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fp8dispatch
-from fp8dispatch import autograd, errors, fp8_linear, prepare
+from fp8dispatch import dequantized_grad, errors, fp8_linear, prepare
 from fp8dispatch.backends.cublaslt import CuBlasLt
 from fp8dispatch.backends.eager import Eager
 from fp8dispatch.backends.triton import Triton
@@ -261,6 +261,8 @@ def unreachable(*args: Any, **options: Any) -> Any:
 
 @pytest.fixture
 def nothing_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in fp8dispatch.__all__:
+        getattr(fp8dispatch, name)  # what is imported later would keep the stand-ins for good
     for backend in (CuBlasLt, Eager, Triton):
         monkeypatch.setattr(backend, "linear", unreachable)
         monkeypatch.setattr(backend, "matmul", unreachable)
@@ -297,7 +299,7 @@ def test_gradient_of_a_frozen_tensor_is_refused_in_backward(
     tensors = {"weight": W.clone(), "weight_scale": S.clone(), "activation_scale": ONE.clone()}
     tensors[frozen].requires_grad_()
     out = linear(X=X.clone().requires_grad_(), **tensors)  # a Parameter asks by default: no error
-    monkeypatch.setattr(autograd, "grad_input", unreachable)
+    monkeypatch.setattr(dequantized_grad, "grad_input", unreachable)
 
     words = f"{frozen} requires grad, ... call {frozen}.requires_grad_(False)"
     assert_refused(out.sum().backward, "FrozenWeightError", words)

@@ -120,6 +120,7 @@ def tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     backend = fake_cutlass.plant(FbgemmTile, monkeypatch)
     monkeypatch.setattr(type(backend), "refuse_machine", lambda *_: ())
     monkeypatch.setattr(type(backend), "verified_capabilities", (None,))  # what a CPU has
+    monkeypatch.setattr(type(backend), "verified_versions", {})
     loaded: Any = registry.load
     monkeypatch.setattr(
         registry, "load", lambda name: backend if name == "fbgemm_tile" else loaded(name)

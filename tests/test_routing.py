@@ -41,6 +41,7 @@ def block(rows: int, columns: int) -> Recipe:
 
 VERSIONS = {"torch": "2.11.0+cu130", "triton": "3.6.0", "cuda": "13.0"}
 H100 = Machine("cuda", "NVIDIA H100", (9, 0), VERSIONS)
+H100_NO_GLUON = replace(H100, versions={**VERSIONS, "triton": "3.5.1"})
 A100 = Machine("cuda", "NVIDIA A100", (8, 0), VERSIONS)
 RTX_4090 = Machine("cuda", "NVIDIA GeForce RTX 4090", (8, 9), VERSIONS)
 B200 = Machine("cuda", "NVIDIA B200", (10, 0), VERSIONS)
@@ -94,19 +95,26 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
 @pytest.mark.parametrize(
     ("machine", "problem", "chosen"),
     [
-        (H100, BLOCK, "cublaslt"),
+        (H100, BLOCK, "gluon"),
+        (H100, ROWS, "gluon"),
+        (H100, rows(m=4096, n=37_632), "cublaslt"),  # as many tiles as only large models have
+        (H100, ONE_SCALE, "gluon"),
+        (H100, replace(STATIC, out_dtype="float32"), "gluon"),
+        (H100, blocks(out_dtype="float32"), "gluon"),
+        (H100, blocks(n=4095), "gluon"),
         (H100, GROUPS, "cublaslt"),
-        (H100, ROWS, "triton"),
-        (H100, rows(m=65), "cublaslt"),
-        (H100, ONE_SCALE, "cublaslt"),
-        (H100, replace(STATIC, out_dtype="float32"), "cublaslt"),
-        (H100, blocks(out_dtype="float32"), "cublaslt"),
-        (H100, blocks(m=1), "triton"),
-        (H100, blocks(n=4095), "triton"),
+        (H100, blocks(k=7160), "triton"),
         (H100, blocks(weight_dtype=FNUZ), "triton"),
-        (having(H100, cuda="12.8"), BLOCK, "triton"),
-        (having(H100, cuda="12.8"), rows(m=65), "cublaslt"),
-        (having(H100, torch="2.9.1"), ROWS, "triton"),
+        (having(H100, cuda="12.8"), BLOCK, "gluon"),
+        (having(H100, cuda="12.8"), GROUPS, "triton"),
+        (H100_NO_GLUON, BLOCK, "triton"),
+        (H100_NO_GLUON, ROWS, "triton"),
+        (H100_NO_GLUON, blocks(m=600), "cublaslt"),
+        (H100_NO_GLUON, rows(m=600), "cublaslt"),
+        (H100_NO_GLUON, blocks(m=600, n=4095), "triton"),
+        (having(H100_NO_GLUON, cuda="12.8"), blocks(m=600), "triton"),
+        (having(H100_NO_GLUON, cuda="12.8"), rows(m=600), "cublaslt"),
+        (having(H100_NO_GLUON, torch="2.9.1"), rows(m=600), "triton"),
         (without(H100, "triton"), BLOCK, "cublaslt"),
         (without(H100, "triton"), blocks(k=7000), "eager"),
         (RTX_4090, BLOCK, "triton"),
@@ -263,8 +271,9 @@ def test_machine_that_cannot_run_a_backend_is_told_without_demands_on_the_call()
         (Policy(("triton",)), "triton", ()),
         (Policy(("eager",)), "eager", ()),
         (Policy(("triton", "cublaslt")), "triton", ("cublaslt",)),
-        (Policy(excluded=("cublaslt",)), "triton", ("gluon", "eager")),
-        (Policy(excluded=("cublaslt", "triton")), "gluon", ("eager",)),
+        (Policy(excluded=("cublaslt",)), "gluon", ("triton", "eager")),
+        (Policy(excluded=("gluon",)), "triton", ("cublaslt", "eager")),
+        (Policy(excluded=("gluon", "triton")), "cublaslt", ("eager",)),
         (Policy(excluded=("cublaslt", "triton", "gluon")), "eager", ()),
         (Policy(("cublaslt", "eager"), ("cublaslt",)), "eager", ()),
     ],
@@ -315,21 +324,21 @@ def test_a_backend_with_wrong_numbers_is_refused_and_the_next_one_runs() -> None
 
     def judge(name: str) -> Standing:
         asked.append(name)
-        right = name != "cublaslt"
+        right = name != "gluon"
         return Standing("right" if right else "wrong", "the canary says so", usable=right)
 
     names, _ = routes.order_for(BLOCK, H100, registry.NAMES)
     decision = select(BLOCK, H100, ANYTHING, names, registry.load, judge)
 
     assert decision.backend == "triton"
-    assert asked == ["cublaslt", "triton"], "nobody else was about to be chosen"
+    assert asked == ["gluon", "triton"], "nobody else was about to be chosen"
     assert decision.standing == Standing("right", "the canary says so", usable=True)
-    (refusal,) = dict(decision.refusals)["cublaslt"]
+    (refusal,) = dict(decision.refusals)["gluon"]
     assert str(refusal) == (
         "needs right numbers on this machine, found wrong ones: the canary says so"
     )
     with pytest.raises(BackendUnavailableError, match="wrong ones: the canary says so"):
-        select(BLOCK, H100, Policy(("cublaslt",)), names, registry.load, judge)
+        select(BLOCK, H100, Policy(("gluon",)), names, registry.load, judge)
 
 
 @pytest.mark.parametrize(

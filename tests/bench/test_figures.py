@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from bench import figures
-from bench.claims import rounded
 from bench.figures import ROOT, check, unsupported
+from bench.rounding import rounded
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -58,15 +58,16 @@ def test_a_number_that_is_changed_in_the_readme_is_found(readme: str, words: str
 def test_a_result_that_changes_is_found(readme: str, tmp_path: Path) -> None:
     changed = shutil.copytree(RESULTS, tmp_path / "results")
     host = json.loads((changed / "h200-host.json").read_text())
-    host["host"][0]["us"]["fp8_linear"] = 1000.0
+    gluon = next(row for row in host["host"] if row["backend"] == "gluon")
+    gluon["us"]["fp8_linear"] = 1000.0
     (changed / "h200-host.json").write_text(json.dumps(host))
     (changed / "h200-suite.txt").write_text("1 failed, 1500 passed")
     (changed / "cpu-hypothesis.txt").unlink()
 
     found = [one.text for one in check(readme, changed) if not one.ok]
 
-    assert any("busy for 82 to 1000" in text for text in found)
-    assert any("has failures" in text for text in found)
+    assert any("busy for 1000 microseconds" in text for text in found)
+    assert any("has failures that no later run mended" in text for text in found)
     assert any("FileNotFoundError" in text for text in found)
 
 

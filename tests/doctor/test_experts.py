@@ -57,8 +57,12 @@ def test_every_backend_that_has_experts_is_listed_with_all_its_reasons(name: str
 def test_our_own_kernels_run_them_where_they_can(name: str) -> None:
     (device,) = collect(machine=name).devices
 
-    wanted = "eager" if name in ("cpu", "mi300x") else "triton"
-    assert {choice.backend for choice in device.expert_routes} == {wanted}
+    for choice in device.expert_routes:
+        wanted = "eager" if name in ("cpu", "mi300x") else "triton"
+        # On Hopper another of ours where an expert has many rows, here 32, and blocks are large.
+        if name in ("h100", "h200") and choice.m == 8192:
+            wanted = "triton" if choice.recipe in ("block 1x128", "block 1x32") else "gluon"
+        assert choice.backend == wanted, choice
     ways = {(choice.batched, choice.m) for choice in device.expert_routes}
     assert ways == {(True, 8), (True, 256), (False, 1024), (False, 8192)}
     assert {choice.experts for choice in device.expert_routes} == {256}

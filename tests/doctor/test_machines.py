@@ -15,13 +15,9 @@ from fp8dispatch.probes.gallery import NAMES
 
 M = (1, 16, 256, 4096)
 OURS = ("triton",) * 4
+HOPPERS = ("gluon",) * 4  # ours for Hopper alone
 CUBLAS = ("cublaslt",) * 4
-# Measured on an H200 (bench/results/h200-gemm.json): our kernels win a row call up to M = 64, and
-# a block call of a single row.
-FEW_OURS = ("triton", "triton", "cublaslt", "cublaslt")
-ONE_OURS = ("triton", "cublaslt", "cublaslt", "cublaslt")
 PLAIN = ("eager",) * 4
-FBGEMM = ("fbgemm",) * 4
 
 TABLE: dict[tuple[str, str], tuple[str, str, str, str]] = {
     # A100: FBGEMM's kernels are SM90's, TorchAO is gated at SM89, torch's scaled_mm
@@ -43,16 +39,16 @@ TABLE: dict[tuple[str, str], tuple[str, str, str, str]] = {
     ("rtx-4090", "block 128x128"): OURS,
     ("rtx-4090", "block 1x128"): OURS,
     ("rtx-4090", "block 1x32"): OURS,
-    # SM90: torch's row GEMM is equal to FBGEMM's or faster; blocks from torch 2.10 with
-    # CUDA >= 12.9. Where the orders differ, bench/results/h200-gemm.json has measured them.
-    ("h100", "tensor"): FBGEMM,  # not measured, so the default order: FBGEMM first on SM90
-    ("h100", "row"): FEW_OURS,
-    ("h100", "block 128x128"): ONE_OURS,
-    ("h100", "block 1x128"): CUBLAS,  # scaled_mm takes 1x128 x 1x128
+    # SM90: measured on an H200 (bench/results/h200-routes.json), our Gluon kernels win at this
+    # size with any M. They take no block narrower than 128x128.
+    ("h100", "tensor"): HOPPERS,
+    ("h100", "row"): HOPPERS,
+    ("h100", "block 128x128"): HOPPERS,
+    ("h100", "block 1x128"): CUBLAS,  # scaled_mm takes 1x128 x 1x128 from torch 2.10, CUDA 12.9
     ("h100", "block 1x32"): OURS,  # scaled_mm takes 32 only with E8M0 scales and SM100
-    ("h200", "tensor"): FBGEMM,  # as H100
-    ("h200", "row"): FEW_OURS,
-    ("h200", "block 128x128"): ONE_OURS,
+    ("h200", "tensor"): HOPPERS,
+    ("h200", "row"): HOPPERS,
+    ("h200", "block 128x128"): HOPPERS,
     ("h200", "block 1x128"): CUBLAS,
     ("h200", "block 1x32"): OURS,
     # SM100: FBGEMM's block kernels return uncomputed (unsloth#3863), torch refuses

@@ -112,9 +112,9 @@ def test_one_call_is_explained_with_every_answer(plant: Plant) -> None:
     call = collect(call=Call(16, 4096, 7168, BLOCK_128)).devices[0].call
 
     assert call is not None
-    assert (call.choice.backend, call.choice.m) == ("cublaslt", 16)
+    assert (call.choice.backend, call.choice.m) == ("gluon", 16)
     assert len(call.assessments) == len(registry.NAMES)
-    assert call.text.startswith("cublaslt runs M=16 N=4096 K=7168, block 128x128")
+    assert call.text.startswith("gluon runs M=16 N=4096 K=7168, block 128x128")
 
 
 def test_one_call_has_the_recipe_that_its_scale_would_be_read_as() -> None:

@@ -57,7 +57,7 @@ def test_wrong_numbers_are_broken(plant: Plant, monkeypatch: pytest.MonkeyPatch)
     plant(H200)
 
     def judge(name: str, *_: Any, **__: Any) -> Verdict:
-        state = "wrong" if name == "cublaslt" else "right"
+        state = "wrong" if name == "gluon" else "right"
         return Verdict(state, "as planted", "disk")
 
     monkeypatch.setattr(trust, "judge", judge)
@@ -65,9 +65,10 @@ def test_wrong_numbers_are_broken(plant: Plant, monkeypatch: pytest.MonkeyPatch)
     report = collect()
 
     assert (report.status, report.exit_code) == ("broken", 4)
-    assert "cublaslt is wrong for row on cuda:0: as planted" in told(report, "broken")
-    row = next(one for one in report.devices[0].routes if one.recipe == "row" and one.m > 64)
-    assert row.backend != "cublaslt"
+    assert "gluon is wrong for row on cuda:0: as planted" in told(report, "broken")
+    row = next(one for one in report.devices[0].routes if one.recipe == "row")
+    assert row.backend == "triton"
+    assert row.passed_over[0].backend == "gluon"
     assert row.passed_over[0].refusals[0].code == "numbers"
 
 
@@ -107,7 +108,7 @@ def test_untested_backend_is_shown_as_the_first_call_would_choose_it(plant: Plan
     (device,) = collect().devices
 
     tensor = device.routes[0]
-    assert (tensor.backend, tensor.numbers) == ("fbgemm", "untested")
+    assert (tensor.backend, tensor.numbers) == ("gluon", "untested")
 
 
 def test_probe_asks_for_verdicts_and_reports_them(
@@ -231,7 +232,7 @@ def test_broken_plugin_is_reported_and_harms_nothing_else(
     (sentence,) = told(report, "degraded")
     assert "on cuda:0 loud needs" in sentence
     assert "as planted" in sentence
-    assert report.devices[0].routes[0].backend == "fbgemm"
+    assert report.devices[0].routes[0].backend == "gluon"
 
 
 class Unloadable(LibraryBackend):
@@ -300,11 +301,11 @@ def test_statement_that_cannot_be_read_is_degraded(
 
 def test_quarantine_is_reported(plant: Plant) -> None:
     plant(H200)
-    trust.quarantine("cublaslt", torch.device("cuda:0"), ROW, "as planted")
+    trust.quarantine("gluon", torch.device("cuda:0"), ROW, "as planted")
 
     report = collect()
 
     assert report.exit_code == 1
     assert report.quarantine[0].recipe == "row"
-    row = next(one for one in report.devices[0].routes if one.recipe == "row" and one.m > 64)
-    assert row.backend != "cublaslt"
+    row = next(one for one in report.devices[0].routes if one.recipe == "row")
+    assert row.backend == "triton"

@@ -117,8 +117,8 @@ def square(m: int, k: int, masked: bool = False) -> HopperConfig:
     return gemm_config("square", m, k, masked=masked)
 
 
-def split(m: int, k: int, parts: int) -> HopperConfig:
-    return gemm_config("split", m, k, split=parts)
+def split(m: int, k: int, parts: int, masked: bool = False) -> HopperConfig:
+    return gemm_config("split", m, k, split=parts, masked=masked)
 
 
 def narrow(m: int, k: int, parts: int = 1, masked: bool = False) -> HopperConfig:
@@ -133,7 +133,7 @@ LARGE = Recipe(Granularity.BLOCK, (384, 256))
 VARIANTS: dict[str, Any] = {
     "wide": lambda: call(4096, 4096, 7168),
     "square_ragged": lambda: call(130, 4099, 1040, bias=True, config=square(130, 1040, True)),
-    "split": lambda: call(256, 4096, 7168),
+    "split": lambda: call(256, 4096, 7168, config=split(256, 7168, 2)),
     "decode": lambda: call(16, 4096, 7168),
     "decode_ragged": lambda: call(3, 201, 1040, bias=True),
     "early": lambda: call(16, 4096, 7168, programmatic=True),
@@ -141,7 +141,7 @@ VARIANTS: dict[str, Any] = {
     "wide_e5m2": lambda: call(4096, 4096, 7168, weight_dtype=E5M2),
     "decode_e5m2": lambda: call(16, 4096, 7168, weight_dtype=E5M2),
     "wide_blocks": lambda: call(4096, 4096, 7168, recipe=LARGE),
-    "split_blocks": lambda: call(256, 4096, 7168, recipe=LARGE),
+    "split_blocks": lambda: call(256, 4096, 7168, recipe=LARGE, config=split(256, 7168, 2)),
     "narrow": lambda: call(256, 4096, 7168, config=narrow(256, 7168)),
     "narrow_split": lambda: call(256, 576, 7168, bias=True, config=narrow(256, 7168, 4)),
     "quantise_groups": lambda: quantise(16, 7168, 128),
@@ -160,10 +160,14 @@ MORE: dict[str, Any] = {
     "square_short": lambda: call(130, 272, 128, config=square(130, 128)),
     "square_masked_row": lambda: call(4096, 4099, 2048, recipe=ROW, bias=True),
     "split_odd": lambda: call(130, 272, 1664, bias=True, config=split(130, 1664, 2)),
-    "split_three": lambda: call(130, 2112, 7168),
+    "split_three": lambda: call(130, 2112, 7168, config=split(130, 7168, 3)),
     "split_four_odd": lambda: call(130, 272, 5760, config=split(130, 5760, 4)),
-    "split_row": lambda: call(256, 4096, 7168, recipe=ROW, bias=True, out_dtype="float32"),
-    "split_masked": lambda: call(256, 4099, 7168, bias=True, out_dtype="float16"),
+    "split_row": lambda: call(
+        256, 4096, 7168, recipe=ROW, bias=True, out_dtype="float32", config=split(256, 7168, 2)
+    ),
+    "split_masked": lambda: call(
+        256, 4099, 7168, bias=True, out_dtype="float16", config=split(256, 7168, 2, masked=True)
+    ),
     "narrow_row": lambda: call(256, 6144, 4096, recipe=ROW, bias=True, config=narrow(256, 4096)),
     "narrow_fp32": lambda: call(130, 272, 1664, out_dtype="float32", config=narrow(130, 1664)),
     "narrow_masked": lambda: call(
@@ -183,8 +187,10 @@ MORE: dict[str, Any] = {
     "decode_row": lambda: call(16, 7168, 16384, recipe=ROW, bias=True, out_dtype="float16"),
     "decode_tiny": lambda: call(1, 16, 16),
     "square_e5m2": lambda: call(256, 7168, 16384, recipe=TENSOR, weight_dtype=E5M2),
-    "split_e5m2": lambda: call(256, 4096, 7168, weight_dtype=E5M2),
-    "wide_blocks_ragged": lambda: call(4096, 4200, 7024, recipe=LARGE, bias=True),
+    "split_e5m2": lambda: call(256, 4096, 7168, weight_dtype=E5M2, config=split(256, 7168, 2)),
+    "wide_blocks_ragged": lambda: call(
+        4096, 4200, 7024, recipe=LARGE, bias=True, config=wide(4096, 7024)
+    ),
     "square_blocks": lambda: call(256, 7168, 16384, recipe=LARGE, bias=True),
     "square_blocks_ragged": lambda: call(
         130, 4099, 1040, recipe=LARGE, bias=True, config=square(130, 1040, True)

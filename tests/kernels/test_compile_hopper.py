@@ -74,7 +74,8 @@ def test_a_promotion_is_one_instruction_for_each_element(
 ) -> None:
     """A product is followed by one fused multiply-add per element and no separate scaling.
 
-    128 of K are four products of 64x128 or of 64x16, over 128 threads.
+    128 of K are four products over 128 threads: of 64 rows and as many columns as the tile of a
+    consumer has; 16 rows of activations in a decode kernel.
     """
     for name, elements in (
         ("wide", 64 * 128),
@@ -82,6 +83,8 @@ def test_a_promotion_is_one_instruction_for_each_element(
         ("wide_blocks", 64 * 128),
         ("split", 64 * 128),
         ("split_blocks", 64 * 128),
+        ("narrow", 64 * 64),
+        ("narrow_split", 64 * 64),
         ("decode", 64 * 16),
     ):
         facts = report[name]

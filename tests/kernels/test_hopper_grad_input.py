@@ -221,3 +221,25 @@ def test_backward_takes_the_kernel_first_and_others_where_it_does_not_suit(
     assert sentence.endswith(
         "by a Gluon kernel, or a Triton kernel where strides or scales do not suit that"
     )
+
+
+def test_where_the_kernel_cannot_be_compiled_the_next_way_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A first call inside of a captured graph."""
+    from fp8dispatch import dequantized_grad
+    from fp8dispatch.dequantized_grad import Way
+    from fp8dispatch.errors import BackendUnavailableError
+    from fp8dispatch.kernels import hopper_grad_launch
+
+    def capturing(*_: object) -> None:
+        raise BackendUnavailableError("a graph is being captured")
+
+    monkeypatch.setattr(hopper_grad_launch, "grad_input", capturing)
+    monkeypatch.setattr(dequantized_grad, "ways", lambda *_: (Way.GLUON, Way.STRIPS))
+    data, scale = oracle.make_weight(128, 256, BLOCK_128)
+    grad = torch.randn(3, 128).bfloat16()
+
+    got = dequantized_grad.grad_input(grad, data, scale.float(), BLOCK_128)
+
+    oracle.assert_gradient(got, grad, oracle.dequantized_weight(data, scale, BLOCK_128))

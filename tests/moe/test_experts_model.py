@@ -30,7 +30,7 @@ from tests.oracle import RECIPES
 if TYPE_CHECKING:
     from fp8dispatch.recipe import Recipe
 
-E, INNER, H, TOP_K = 4, 40, 72, 2
+E, INNER, H, TOP_K = 8, 40, 72, 2  # so many experts that one token is batched
 SMALL = fp8dispatch.Recipe.parse("block", (32, 32))
 
 every_route = pytest.mark.parametrize("route", ["batched", "grouped"])
@@ -72,8 +72,8 @@ def test_a_model_is_explained_projection_by_projection() -> None:
     model = nn.ModuleDict({"up": nn.Linear(H, H), "mixture": Mixture(make_experts())})
     fp8dispatch.convert_model(model, "row", skip=["router"])
 
-    few = fp8dispatch.explain(model, tokens=3)
-    many = fp8dispatch.explain(model, tokens=forward.GROUPED_FROM * E)
+    few = fp8dispatch.explain(model, tokens=1)
+    many = fp8dispatch.explain(model, tokens=4 * E)
 
     names = ["up", "mixture.experts.gate_up_proj", "mixture.experts.down_proj"]
     assert list(few) == list(many) == names
@@ -82,7 +82,7 @@ def test_a_model_is_explained_projection_by_projection() -> None:
         assert (into.n, into.k, back.n, back.k) == (2 * INNER, H, H, INNER)
         assert way in str(into)
         assert way in str(back)
-    assert few[names[1]].problem.m == 3 * TOP_K
+    assert few[names[1]].problem.m == TOP_K
     assert "gathers" in str(many[names[1]])
     assert "scatters" in str(many[names[2]])
 
@@ -99,11 +99,12 @@ def test_explain_says_what_a_call_then_does(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(execute, "decide", watched)
     monkeypatch.setattr(matmul, "decide", watched)
-    for tokens in (3, 40):
+    for tokens, way in ((1, "batched"), (40, "grouped")):
         x = torch.randn(tokens, H)
         ids, weights = reference.routed(tokens, 3, E)
         experts(x, ids, weights)
         called = made.copy()
+        assert all(way in str(problem) for problem in called)
         made.clear()
         experts.explain(x, 3)
         assert made == called
@@ -140,12 +141,14 @@ def test_what_cannot_be_explained_is_refused() -> None:
 
 def test_warm_experts_decide_and_check_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(FP8Linear(H, H), Mixture(make_experts()))
-    counts = [1, forward.GROUPED_FROM * E]
+    counts = [1, 4 * E]
 
     linear, experts = fp8dispatch.warmup(model, counts, dtype=torch.float32)
 
     assert (linear.name, experts.name) == ("0", "1.experts")
     assert set(experts.backends) == set(counts)
+    ways = [forward.way(count * TOP_K, E) for count in counts]
+    assert ways == ["batched", "grouped"]
     assert experts.extra_bytes >= 4 * model[1].experts.down_proj_scale_inv.numel()
     monkeypatch.setattr(prepare, "_check_values", None)  # a check would now raise TypeError
     before = decide.stats()["cold_decisions"]

@@ -1,4 +1,4 @@
-"""The grouped Gluon kernel as a backend: what it refuses, and that others come before it."""
+"""The grouped Gluon kernel as a backend: what it refuses, and where it comes first."""
 
 from __future__ import annotations
 
@@ -58,13 +58,22 @@ def test_refusals(changes: dict[str, object], expected: list[str]) -> None:
     assert told(BACKEND.refuse_problem(problem, H200)) == expected
 
 
-def test_it_is_verified_with_one_triton_and_stands_behind_the_portable_kernels() -> None:
+def test_it_is_verified_with_one_triton() -> None:
     assert registry.load_experts("gluon") is BACKEND
     for version, verified in (("3.6.0", True), ("3.7.1", False)):
         machine = replace(H200, versions={**H200.versions, "triton": version})
         assert BACKEND.is_verified(machine) is verified
-    order, _ = routes.order_for(PROBLEM, H200, registry.NAMES)
-    assert order.index("triton") < order.index("gluon") < order.index("eager")
+
+
+def test_it_stands_in_front_of_the_portable_kernels_where_an_expert_has_many_rows() -> None:
+    many = routes.ROWS_OF_AN_EXPERT * PROBLEM.experts
+    for m, machine, first in (
+        (many, H200, ("gluon", "triton")),
+        (many - 1, H200, ("triton", "gluon")),
+        (many, B200, ("triton", "gluon")),
+    ):
+        order, _ = routes.order_for(replace(PROBLEM, m=m), machine, registry.NAMES)
+        assert order[:2] == first, (m, machine)
 
 
 def test_named_where_it_cannot_run_it_says_why() -> None:
