@@ -14,6 +14,7 @@ from fp8dispatch.backends.contract import Backend
 from fp8dispatch.backends.eager import Eager
 from fp8dispatch.probes import device
 from fp8dispatch.tuning import orders
+from fp8dispatch.tuning.store import TunedStore
 
 Speed = Callable[[int], float]
 
@@ -108,3 +109,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Workbench:
 def machine() -> Any:
     """The CPU as the router sees it."""
     return device.describe(torch.device("cpu"))
+
+
+@pytest.fixture
+def store(home: Path) -> TunedStore:
+    return TunedStore(home)
