@@ -17,8 +17,7 @@ import torch
 
 from fp8dispatch.errors import BackendUnavailableError
 from fp8dispatch.formats import dtype_name
-from fp8dispatch.kernels.requirements import refuse_gluon
-from fp8dispatch.probes.device import describe, runs_kernels
+from fp8dispatch.probes.device import runs_gluon, runs_kernels
 from fp8dispatch.quantization.weight import block_of, dequantize_strip
 from fp8dispatch.recipe import Recipe, ceil_div
 
@@ -61,7 +60,7 @@ def ways(m: int, n: int, k: int, device: torch.device, dtype: torch.dtype) -> tu
         return (Way.STRIPS,)
     large = n * k >= LARGE_WEIGHT
     found = []
-    if (m <= 128 or (m <= 2048 and large)) and not refuse_gluon(describe(device)):
+    if (m <= 128 or (m <= 2048 and large)) and runs_gluon(device):
         found.append(Way.GLUON)
     if m <= 64 and large:
         found.append(Way.TRITON)

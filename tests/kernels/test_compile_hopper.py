@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fp8dispatch.kernels.hopper_config import SHARED_MEMORY
+from tests.kernels.compiled import facts_of, needs_compiler
 
-SCRIPT = Path(__file__).with_name("compile_hopper.py")
-ROOT = Path(__file__).parents[2]
-
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or importlib.util.find_spec("triton") is None,
-    reason="needs Triton's compiler, which exists for Linux",
-)
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What the compiler made of every variant."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    child = subprocess.run(
-        [sys.executable, SCRIPT], env=environment, capture_output=True, text=True, check=False
-    )
-    assert child.returncode == 0, child.stderr
-    found: dict[str, dict[str, Any]] = json.loads(child.stdout)
-    del found["triton"]
-    return found
+    return facts_of("compile_hopper.py", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -1,46 +1,22 @@
-"""Kernels compile for GPUs that are not here, and use the instructions that they should.
-
-Compiling is done in a child process: this one may run kernels under the interpreter, and Triton
-settles that when it is imported.
-"""
+"""Kernels compile for GPUs that are not here, and use the instructions that they should."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.kernels.compiled import facts_of, needs_compiler
 from tests.kernels.spills import allowed_stack
 
-SCRIPT = Path(__file__).with_name("compile_targets.py")
-ROOT = Path(__file__).parents[2]
-
-# No import of triton here: its assembler is a program for Linux inside the wheel.
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or importlib.util.find_spec("triton") is None,
-    reason="needs Triton's compiler, which exists for Linux",
-)
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What the compiler made of every variant, by ``"<target>.<variant>"``."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    child = subprocess.run(
-        [sys.executable, SCRIPT], env=environment, capture_output=True, text=True, check=False
-    )
-    assert child.returncode == 0, child.stderr
-    found: dict[str, dict[str, Any]] = json.loads(child.stdout)
-    return found
+    return facts_of("compile_targets.py", tmp_path_factory)
 
 
 def gemms(report: dict[str, dict[str, Any]], target: int) -> dict[str, dict[str, Any]]:

@@ -141,10 +141,9 @@ def test_backward_takes_the_kernel_where_kernels_run(
 
 def test_the_ways_by_device_dtype_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    capability, refused = (9, 0), ()
+    capability, gluon = (9, 0), True
     monkeypatch.setattr(dequantized_grad, "runs_kernels", lambda device: device.type == "cuda")
-    monkeypatch.setattr(dequantized_grad, "describe", lambda device: None)
-    monkeypatch.setattr(dequantized_grad, "refuse_gluon", lambda machine: refused)
+    monkeypatch.setattr(dequantized_grad, "runs_gluon", lambda device: gluon)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     def tried(m: int, n: int, k: int, device: torch.device, dtype: torch.dtype) -> str:
@@ -158,7 +157,7 @@ def test_the_ways_by_device_dtype_and_size(monkeypatch: pytest.MonkeyPatch) -> N
     assert tried(4096, 4096, 7168, gpu, bf16) == "strips"
     assert tried(16, 4096, 7168, gpu, torch.float32) == "strips", "torch.mm has its precision"
     assert tried(16, 4096, 7168, cpu, bf16) == "strips"
-    refused = ("no Gluon",)  # type: ignore[assignment]
+    gluon = False
     assert tried(16, 4096, 7168, gpu, bf16) == "triton strips"
     capability = (8, 9)
     assert tried(16, 4096, 7168, gpu, bf16) == "strips", "no kernel was seen to run there"

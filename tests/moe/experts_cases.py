@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from fp8dispatch import (
-    FP8Experts,
-)
+from fp8dispatch import FP8Experts
 from fp8dispatch.moe import forward
 from tests.oracle import RECIPES
 

@@ -11,11 +11,7 @@ import pytest
 import torch
 
 import fp8dispatch
-from fp8dispatch.errors import (
-    BackendUnavailableError,
-    DeviceError,
-    InvalidInputError,
-)
+from fp8dispatch.errors import BackendUnavailableError, DeviceError, InvalidInputError
 from tests.tuning.cases import K, N, explained, states, tune
 from tests.tuning.conftest import Workbench, start_anew
 
