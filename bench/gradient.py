@@ -3,14 +3,14 @@
 Arms: the ways of `fp8dispatch.dequantized_grad` ("gluon" and "triton" dequantise in a kernel,
 "strips" dequantises a strip of the weight into memory and multiplies it with torch), and "bf16",
 the multiplication over the weight that was never quantised. "chosen" is the first of the ways that
-the library tries. CUDA graphs replayed behind a flush of L2.
+the library tries. "fp8" is ``dgrad="fp8"``: other numbers, dY quantised in the call, the transposed
+weight at hand. CUDA graphs replayed behind a flush of L2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -18,11 +18,14 @@ from bench.arms import RECIPES, Checked, Linear
 from bench.session import Point, Row, Session
 from bench.shapes import GRID, MODELS, TINY, Weight
 from bench.timing import alternate, table
-from fp8dispatch import dequantized_grad
+from fp8dispatch import dequantized_grad, dgrad
 from fp8dispatch.dequantized_grad import Way, ways
+from fp8dispatch.policy import Policy
 from fp8dispatch.prepare import weight_scale_fp32
-from fp8dispatch.probes.device import runs_kernels
-from tests import oracle
+from fp8dispatch.probes.device import runs_gluon, runs_kernels
+from fp8dispatch.problem import Dgrad
+from fp8dispatch.quantization.weight import block_of
+from tests import fp8_gradients, oracle
 
 ROWS = (16, 256, 1024, 4096)
 WEIGHTS = (*GRID, MODELS[1], MODELS[3], MODELS[15], MODELS[18])
@@ -54,19 +57,30 @@ def measure(session: Session, m: int, weight: Weight, recipe: str) -> Row:
     def check_bf16(out: torch.Tensor) -> None:
         oracle.assert_gradient(out[rows], grad[rows], operands.dense.double())
 
+    def check_fp8(out: torch.Tensor) -> None:
+        expected = fp8_gradients.truth(grad[rows], data, scale, operands.recipe)
+        oracle.assert_matches(out[rows], expected)
+
+    fp8 = partial(
+        dgrad.grad_input, grad, data, scale, operands.recipe, grad.dtype, Policy(dgrad=Dgrad.FP8)
+    )
     kernels = session.device == "cuda" and runs_kernels(grad.device)
     checked = Checked()
-    walks: dict[str, Any] = {}
     with torch.no_grad():
         for way in Way:
             if way is not Way.STRIPS and not kernels:
                 checked.refused[way.value] = "needs a GPU that our Triton kernels run on"
                 continue
+            if way is Way.GLUON and not _gluon_takes(operands):
+                checked.refused[way.value] = "needs other sizes, scales or another GPU"
+                continue
             arm = partial(dequantized_grad.grad_input, grad, data, fp32, operands.recipe, way)
-            if checked.try_arm(way.value, arm, check):
-                walks[way.value] = session.timer.replay(arm)
-        if checked.try_arm("bf16", lambda: grad @ operands.dense, check_bf16):
-            walks["bf16"] = session.timer.replay(checked.arms["bf16"])
+            checked.try_arm(way.value, arm, check)
+        checked.try_arm("fp8", fp8, check_fp8)
+        checked.try_arm("bf16", lambda: grad @ operands.dense, check_bf16)
+        walks = checked.captured(
+            {name: partial(session.timer.replay, arm) for name, arm in checked.arms.items()}
+        )
         single = session.timer.single
         figures = alternate(
             {name: partial(single, arm) for name, arm in walks.items()}, session.rounds
@@ -81,3 +95,14 @@ def measure(session: Session, m: int, weight: Weight, recipe: str) -> Row:
         **table(figures),
         **checked.told(),
     }
+
+
+def _gluon_takes(operands: Linear) -> bool:
+    """Whether the kernel for Hopper computes it itself: else strips would stand in for it."""
+    device = operands.weights[0][0].device
+    if not runs_gluon(device):
+        return False
+    from fp8dispatch.kernels.hopper_grad_launch import takes_sizes  # it imports Triton
+
+    block = block_of(operands.recipe, operands.n, operands.k)
+    return takes_sizes(operands.n, operands.k, block)
