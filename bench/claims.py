@@ -64,12 +64,13 @@ def claims(read: Read) -> Iterator[Claim]:
         yield Claim("The GPU suite passes", lambda _: ())
     else:
         yield Claim(
-            "Of the {} tests of the GPU suite that ran on this code {} passed at once, and the "
-            "other {} once what they had found was mended",
+            "Of the {} tests of the GPU suite that ran {} passed at once, and the other {} once "
+            "what they had found was mended",
             claims_gpu.suite,
         )
     yield Claim(
-        "compute-sanitizer finds nothing in the Triton and the Gluon kernels", claims_gpu.sanitizer
+        "compute-sanitizer finds nothing in the Triton and the Gluon kernels of linear layers",
+        claims_gpu.sanitizer,
     )
     yield Claim("{} random cases on the CPU pass for each of {} seeds", _random_cases)
     yield Claim(

@@ -22,9 +22,8 @@ from fp8dispatch import dequantized_grad, dgrad
 from fp8dispatch.dequantized_grad import Way, ways
 from fp8dispatch.policy import Policy
 from fp8dispatch.prepare import weight_scale_fp32
-from fp8dispatch.probes.device import runs_gluon, runs_kernels
+from fp8dispatch.probes.device import runs_kernels
 from fp8dispatch.problem import Dgrad
-from fp8dispatch.quantization.weight import block_of
 from tests import fp8_gradients, oracle
 
 ROWS = (16, 256, 1024, 4096)
@@ -68,11 +67,8 @@ def measure(session: Session, m: int, weight: Weight, recipe: str) -> Row:
     checked = Checked()
     with torch.no_grad():
         for way in Way:
-            if way is not Way.STRIPS and not kernels:
+            if way is Way.TRITON and not kernels:
                 checked.refused[way.value] = "needs a GPU that our Triton kernels run on"
-                continue
-            if way is Way.GLUON and not _gluon_takes(operands):
-                checked.refused[way.value] = "needs other sizes, scales or another GPU"
                 continue
             arm = partial(dequantized_grad.grad_input, grad, data, fp32, operands.recipe, way)
             checked.try_arm(way.value, arm, check)
@@ -95,14 +91,3 @@ def measure(session: Session, m: int, weight: Weight, recipe: str) -> Row:
         **table(figures),
         **checked.told(),
     }
-
-
-def _gluon_takes(operands: Linear) -> bool:
-    """Whether the kernel for Hopper computes it itself: else strips would stand in for it."""
-    device = operands.weights[0][0].device
-    if not runs_gluon(device):
-        return False
-    from fp8dispatch.kernels.hopper_grad_launch import takes_sizes  # it imports Triton
-
-    block = block_of(operands.recipe, operands.n, operands.k)
-    return takes_sizes(operands.n, operands.k, block)

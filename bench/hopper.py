@@ -5,7 +5,7 @@ first computes right numbers in a watched child of its own ("safety", side by si
 children let the libraries compile what the rest needs). What fails or hangs there is left out of
 the rest:
 
-* "gemm": M >= 256, every kind that fits beside DeepGEMM and cuBLASLt, a CUDA graph behind a flush;
+* "gemm": M >= 128, every kind that fits beside DeepGEMM and cuBLASLt, a CUDA graph behind a flush;
 * "decode": M <= 64, cold, as in the suite `decode`.
 
 The suites `linear`, `gemm` and `decode` time what the library itself chooses among these kinds;
@@ -41,7 +41,7 @@ from fp8dispatch.kernels.hopper_config import (
 from fp8dispatch.prepare import weight_scale_fp32
 from fp8dispatch.recipe import BLOCK_128
 
-GEMM_ROWS = (256, 1024, 4096, 8192)
+GEMM_ROWS = (128, 256, 512, 1024, 4096)
 DECODE_ROWS = (1, 16, 32, 64)
 PEERS = ("deepgemm", "cublaslt")
 SAFETY = (

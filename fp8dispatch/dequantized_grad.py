@@ -11,15 +11,20 @@ which a kernel reads half or a quarter; with many, cuBLAS makes up for a pass ov
 
 from __future__ import annotations
 
-from enum import StrEnum
+import functools
+import logging
+from enum import Enum
 
 import torch
 
+from fp8dispatch import decide, registry
 from fp8dispatch.errors import BackendUnavailableError
 from fp8dispatch.formats import dtype_name
-from fp8dispatch.probes.device import runs_gluon, runs_kernels
+from fp8dispatch.probes.device import describe, runs_kernels
 from fp8dispatch.quantization.weight import block_of, dequantize_strip
-from fp8dispatch.recipe import Recipe, ceil_div
+from fp8dispatch.recipe import BLOCK_128, Recipe, ceil_div
+
+_log = logging.getLogger("fp8dispatch")
 
 STRIP_ELEMENTS = 1 << 25
 """Most elements of the weight that exist dequantised at a time (64 MiB in bf16)."""
@@ -31,7 +36,7 @@ LARGE_WEIGHT = 28 << 20
 """Elements from which on a weight is large: with some hundred rows, kernels win on those."""
 
 
-class Way(StrEnum):
+class Way(str, Enum):
     """How dX goes through the dequantised weight."""
 
     GLUON = "gluon"
@@ -59,12 +64,23 @@ def ways(m: int, n: int, k: int, device: torch.device, dtype: torch.dtype) -> tu
     ):
         return (Way.STRIPS,)
     large = n * k >= LARGE_WEIGHT
-    found = []
+    found: list[Way] = []
     if (m <= 128 or (m <= 2048 and large)) and runs_gluon(device):
         found.append(Way.GLUON)
-    if m <= 64 and large:
+    if m <= 64 and large and k >= 4096:  # it does not divide N, so a small K leaves SMs idle
         found.append(Way.TRITON)
     return (*found, Way.STRIPS)
+
+
+@functools.cache
+def runs_gluon(device: torch.device) -> bool:
+    """The kernel for Hopper may run: nothing refuses it, and with this Triton it has been seen to.
+
+    A backend of another Triton is first run in a child and judged by a canary; a gradient is not.
+    """
+    backend, machine = registry.load("gluon"), describe(device)
+    refused = backend.refuse_machine(machine) or backend.loadable(BLOCK_128)
+    return not refused and backend.is_verified(machine)
 
 
 def sentence(m: int, n: int, k: int, device: torch.device, dtype: torch.dtype) -> str:
@@ -86,7 +102,10 @@ def grad_input(
     Args:
         grad: [M, N] bf16, fp16 or fp32.
         data, scale: [N, K] FP8 and the fp32 multipliers of `recipe`.
-        way: this one, where it takes the call; None tries `ways`. Strips take what is left.
+        way: this one or none; None tries `ways`.
+
+    Raises:
+        BackendUnavailableError: `way` does not take the call.
     """
     n, k = data.shape
     out = torch.empty((grad.shape[0], k), dtype=grad.dtype, device=grad.device)
@@ -94,8 +113,12 @@ def grad_input(
     rows, width = block_of(recipe, n, k)
     grid = scale.reshape(ceil_div(n, rows), ceil_div(k, width))
     for one in tried:
-        if one is Way.GLUON and _gluon(grad, data, grid, out, (rows, width)):
-            return out
+        if one is Way.GLUON:
+            refusal = _gluon(grad, data, grid, out, (rows, width))
+            if refusal is None:
+                return out
+            if way is not None:
+                raise refusal
         if one is Way.TRITON:
             # Imported here because it imports Triton, which is not a requirement of the package.
             from fp8dispatch.kernels import grad_input as kernel
@@ -112,20 +135,34 @@ def _gluon(
     grid: torch.Tensor,
     out: torch.Tensor,
     block_size: tuple[int, int],
-) -> bool:
-    """Compute dX into `out`, if the kernel for Hopper takes these sizes, strides and scales."""
+) -> BackendUnavailableError | None:
+    """Compute dX into `out` with the kernel for Hopper, or say why it does not."""
+    if not runs_gluon(grad.device):
+        return BackendUnavailableError(
+            f"the Gluon kernel for dX needs a Hopper GPU and a Triton that it has run with before, "
+            f"found {describe(grad.device)}; take another way"
+        )
     # Imported here because it imports Triton, which is not a requirement of the package.
     from fp8dispatch.kernels import hopper_grad_launch as kernel
 
     if not kernel.takes(grad, data, grid, out, block_size):
-        return False
+        return BackendUnavailableError(
+            f"the Gluon kernel for dX needs 16-bit rows aligned to 16 bytes, e4m3fn weights and "
+            f"blocks of multiples of 64x128, found dY {tuple(grad.shape)} of {grad.dtype} and W "
+            f"{tuple(data.shape)} of {data.dtype} with blocks {block_size}; take another way"
+        )
     try:
         kernel.grad_input(grad, data, grid, out, block_size)
-    except BackendUnavailableError:
-        # The first call of its kind inside of a captured graph, where nothing may be compiled; the
-        # next way is as right, and nothing was launched yet.
-        return False
-    return True
+    except BackendUnavailableError as refusal:
+        # The first call of its kind inside of a captured graph, where nothing may be compiled;
+        # nothing was launched yet, and the next way is as right.
+        decide.counters.cold_in_capture += 1
+        _log.warning(
+            "a gradient was captured into a CUDA graph before its kernel was ever run, and takes "
+            "another way; run a backward pass of that size once before capturing"
+        )
+        return refusal
+    return None
 
 
 def _strips(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fp8dispatch import policy
-from fp8dispatch.kernels.requirements import refuse_gluon, refuse_machine
+from fp8dispatch.kernels.requirements import refuse_machine
 from fp8dispatch.machine import Machine
 from fp8dispatch.probes.gpu import find_gpu
 from fp8dispatch.probes.packages import installed_versions
@@ -80,9 +80,3 @@ def _joined(machine: Machine) -> Machine:
 def runs_kernels(device: torch.device) -> bool:
     """Our Triton kernels run on the device of this tensor, compiled (not in the interpreter)."""
     return device.type == "cuda" and not refuse_machine(describe(device))
-
-
-@functools.cache
-def runs_gluon(device: torch.device) -> bool:
-    """Our Gluon kernels run on this device, as far as versions and the machine can tell."""
-    return device.type == "cuda" and not refuse_gluon(describe(device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fp8dispatch
 from fp8dispatch.quantization.weight import block_of
 from fp8dispatch.recipe import BLOCK_128, ROW, TENSOR, Granularity, Recipe
 from tests import oracle
+from tests.backends.cases import B200, H200
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -208,6 +211,7 @@ def test_backward_takes_the_kernel_first_and_others_where_it_does_not_suit(
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(module, "grad_input", lambda *_, name=name: ran.append(name))
     monkeypatch.setattr(dequantized_grad, "ways", lambda *_: (Way.GLUON, Way.TRITON, Way.STRIPS))
+    monkeypatch.setattr(dequantized_grad, "runs_gluon", lambda device: True)
 
     def backward(n: int, k: int) -> None:
         data, scale = oracle.make_weight(n, k, BLOCK_128)
@@ -224,7 +228,7 @@ def test_backward_takes_the_kernel_first_and_others_where_it_does_not_suit(
 
 
 def test_where_the_kernel_cannot_be_compiled_the_next_way_computes(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A first call inside of a captured graph."""
     from fp8dispatch import dequantized_grad
@@ -237,9 +241,39 @@ def test_where_the_kernel_cannot_be_compiled_the_next_way_computes(
 
     monkeypatch.setattr(hopper_grad_launch, "grad_input", capturing)
     monkeypatch.setattr(dequantized_grad, "ways", lambda *_: (Way.GLUON, Way.STRIPS))
+    monkeypatch.setattr(dequantized_grad, "runs_gluon", lambda device: True)
+    before = fp8dispatch.stats()["cold_in_capture"]
     data, scale = oracle.make_weight(128, 256, BLOCK_128)
     grad = torch.randn(3, 128).bfloat16()
 
     got = dequantized_grad.grad_input(grad, data, scale.float(), BLOCK_128)
 
     oracle.assert_gradient(got, grad, oracle.dequantized_weight(data, scale, BLOCK_128))
+    assert fp8dispatch.stats()["cold_in_capture"] == before + 1
+    assert "run a backward pass of that size once before capturing" in caplog.text
+    with pytest.raises(BackendUnavailableError, match="a graph is being captured"):
+        dequantized_grad.grad_input(grad, data, scale.float(), BLOCK_128, Way.GLUON)
+
+
+def test_it_runs_only_with_a_triton_that_it_was_seen_to_run_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A gradient has no canary: what is not known to be right stays with torch."""
+    from fp8dispatch import dequantized_grad, registry
+    from fp8dispatch.dequantized_grad import Way
+    from fp8dispatch.errors import BackendUnavailableError
+
+    monkeypatch.setattr(type(registry.load("gluon")), "loadable", lambda self, recipe: ())
+    for machine, version, runs in ((H200, "3.6.0", True), (H200, "3.7.1", False),
+                                   (B200, "3.6.0", False)):  # fmt: skip
+        here = replace(machine, versions={**machine.versions, "triton": version})
+        monkeypatch.setattr(dequantized_grad, "describe", lambda device, here=here: here)
+        dequantized_grad.runs_gluon.cache_clear()
+        assert dequantized_grad.runs_gluon(torch.device("cuda", 0)) is runs
+    dequantized_grad.runs_gluon.cache_clear()
+    data, scale = oracle.make_weight(128, 256, BLOCK_128)
+    with pytest.raises(BackendUnavailableError, match="needs a Hopper GPU"):
+        dequantized_grad.grad_input(
+            torch.zeros(3, 128).bfloat16(), data, scale.float(), BLOCK_128, Way.GLUON
+        )
+    dequantized_grad.runs_gluon.cache_clear()

@@ -147,7 +147,7 @@ def test_the_ways_by_device_dtype_and_size(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     def tried(m: int, n: int, k: int, device: torch.device, dtype: torch.dtype) -> str:
-        return " ".join(dequantized_grad.ways(m, n, k, device, dtype))
+        return " ".join(way.value for way in dequantized_grad.ways(m, n, k, device, dtype))
 
     bf16 = torch.bfloat16
     assert tried(16, 4096, 2048, gpu, bf16) == "gluon strips"
@@ -155,6 +155,7 @@ def test_the_ways_by_device_dtype_and_size(monkeypatch: pytest.MonkeyPatch) -> N
     assert tried(256, 4096, 2048, gpu, bf16) == "strips"
     assert tried(256, 4096, 7168, gpu, bf16) == "gluon strips"
     assert tried(4096, 4096, 7168, gpu, bf16) == "strips"
+    assert tried(16, 24576, 1536, gpu, bf16) == "gluon strips", "few columns share no SMs"
     assert tried(16, 4096, 7168, gpu, torch.float32) == "strips", "torch.mm has its precision"
     assert tried(16, 4096, 7168, cpu, bf16) == "strips"
     gluon = False

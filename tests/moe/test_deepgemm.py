@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -136,12 +137,14 @@ def test_refusals(problem: object, expected: list[str]) -> None:
     assert told(DeepGemm().refuse_problem(problem, H200)) == expected  # type: ignore[arg-type]
 
 
-def test_it_is_not_verified_and_stands_behind_our_kernels() -> None:
+def test_it_is_verified_with_one_release_and_stands_behind_our_kernels() -> None:
     backend = registry.load_experts("deepgemm")
 
     assert backend.refuse_machine(H200) == ()
     assert backend.refuse_machine(B200)
-    assert not backend.is_verified(H200)
+    for version, verified in (("0.1.5.post1", True), ("0.1.6", False)):
+        machine = replace(H200, versions={**H200.versions, "sgl-deep-gemm": version})
+        assert backend.is_verified(machine) is verified
 
 
 def test_a_tile_whose_first_row_leads_nowhere_is_computed(library: types.ModuleType) -> None:

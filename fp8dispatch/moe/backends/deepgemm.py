@@ -13,8 +13,8 @@ Two layouts of the distribution that `fp8dispatch.backends.deepgemm` describes, 
   a tile that overhangs is written into the next expert's rows (deepseek-ai/DeepGEMM#268).
   ``expected_m`` only picks the kernel, so it comes from shapes.
 
-Read in DeepGEMM's sources and never run on a GPU by us: it stands behind our own kernels, and its
-first run is in a child process.
+Both have run on an H200 with the release that the linear's module names. A tile's expert is taken
+from its first row (`moe.aligned`).
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class DeepGemm(GroupedLibrary):
     align_n = LINEAR.align_n
     align_k = LINEAR.align_k
     distributions = LINEAR.distributions
+    verified_capabilities = LINEAR.verified_capabilities
+    verified_versions = LINEAR.verified_versions
     experts = computed_in("fp8dispatch.moe.backends.compute.deepgemm")
 
     def __init__(self) -> None:
